@@ -8,6 +8,7 @@ that promises, what it asks of the code in return, and where it ends.
 
 import ast
 import asyncio
+import contextlib
 import inspect
 import json
 import os
@@ -32,7 +33,6 @@ from typing import Any
 
 from temporalio import activity, workflow
 from temporalio.api.common.v1 import WorkflowExecution
-from temporalio.api.enums.v1 import EventType
 from temporalio.api.workflowservice.v1 import SignalWorkflowExecutionRequest
 from temporalio.client import (
     Client,
@@ -53,14 +53,20 @@ from common import (
     Lab,
     Server,
     control,
+    count_events,
+    failed_tasks,
+    history_of,
     holds,
     limit,
+    name_of,
     native,
     note,
     notes,
+    refusal,
     run,
     sandbox,
     side_by_side,
+    status_of,
     until,
     works,
 )
@@ -77,18 +83,8 @@ SOON = timedelta(seconds=2)
 PATIENT = timedelta(seconds=30)
 
 
-async def count_events(handle: WorkflowHandle[Any, Any]) -> Counter[str]:
-    """How often each type of event stands in a run's history, such as "ACTIVITY_TASK_COMPLETED"."""
-    history = await handle.fetch_history()
-    return Counter(EventType.Name(event.event_type).removeprefix("EVENT_TYPE_") for event in history.events)
-
-
 async def completed_activities(handle: WorkflowHandle[Any, Any]) -> int:
     return (await count_events(handle))["ACTIVITY_TASK_COMPLETED"]
-
-
-async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:
-    return (await handle.describe()).status
 
 
 # EX-01 Progress guarantee ----------------------------------------------------------------------------
@@ -136,7 +132,8 @@ class FiveSteps:
         for number in range(1, 6):
             await workflow.wait_condition(lambda: number <= self.released)  # noqa: B023
             step = Step(number, plan.ledger, plan.dies_in, plan.seconds)
-            done.append(await workflow.execute_activity(take_step, step, start_to_close_timeout=timedelta(seconds=plan.patience)))
+            patience = timedelta(seconds=plan.patience)
+            done.append(await workflow.execute_activity(take_step, step, start_to_close_timeout=patience))
         return done
 
     @workflow.signal
@@ -192,7 +189,8 @@ async def reached(handle: WorkflowHandle[Any, Any], steps: int) -> bool:
 async def kill_inside_step(lab: Lab) -> Evidence:
     """The worker dies inside step 4. The server gives that attempt up when its time is over."""
     ledger, queue = lab.file("inside"), f"{lab.id}-inside"
-    handle = await lab.client.start_workflow(FiveSteps.run, Plan(ledger, dies_in=4, patience=SOON.total_seconds()), id=queue, task_queue=queue)
+    plan = Plan(ledger, dies_in=4, patience=SOON.total_seconds())
+    handle = await lab.client.start_workflow(FiveSteps.run, plan, id=queue, task_queue=queue)
     async with lab.worker_process([FiveSteps], [take_step], task_queue=queue) as worker:
         await until(lambda: "4" in notes(ledger), "step 4 has begun")
         await worker.kill()
@@ -295,25 +293,12 @@ async def server_without_file(lab: Lab) -> Evidence:
         there = await status_of(handle)
         server.kill()
         await server.start()
-        after = await error_status(handle)
+        after = await refusal(handle)
     return control(
         "a server that keeps nothing on disk has lost the workflow",
         there == WorkflowExecutionStatus.RUNNING and after == RPCStatusCode.NOT_FOUND,
         f"before SIGKILL: {name_of(there)}; after the restart: {name_of(after)}",
     )
-
-
-async def error_status(handle: WorkflowHandle[Any, Any]) -> RPCStatusCode | None:
-    """The status with which the server refuses to describe a run, or None when it does describe it."""
-    try:
-        await handle.describe()
-    except RPCError as error:
-        return error.status
-    return None
-
-
-def name_of(status: WorkflowExecutionStatus | RPCStatusCode | None) -> str:
-    return status.name if status else "no error"
 
 
 @EX.item("EX-01", "Progress guarantee", fail_closed=True)
@@ -606,10 +591,8 @@ async def restarted(lab: Lab, policy: WorkflowIDReusePolicy, how: str) -> bool:
     ledger = lab.file(f"{policy.name}-{how}")
     first = await lab.client.start_workflow(Account.run, ledger, id=id, task_queue=lab.task_queue)
     await first.signal(Account.end, how)
-    try:
+    with contextlib.suppress(WorkflowFailureError):
         await first.result()
-    except WorkflowFailureError:
-        pass
     try:
         second = await lab.client.start_workflow(
             Account.run, ledger, id=id, task_queue=lab.task_queue, id_reuse_policy=policy
@@ -754,12 +737,6 @@ class Counting:
 STEPS = 100
 
 
-async def history_of(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
-    """A run's events as JSON, as the Python client reads them."""
-    events: list[dict[str, Any]] = json.loads((await handle.fetch_history()).to_json())["events"]
-    return events
-
-
 async def history_by_cli(lab: Lab, handle: WorkflowHandle[Any, Any], server: Server) -> list[dict[str, Any]]:
     """The same events as the `temporal` command line reads them."""
     shown = await lab.cli("workflow", "show", "--workflow-id", handle.id, "--output", "json", server=server)
@@ -812,7 +789,7 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
         there = await status_of(forgotten)
         server.kill()
         await server.start()
-        gone = await error_status(forgotten)
+        gone = await refusal(forgotten)
     yield control(
         "a server that keeps its state in memory has forgotten the run",
         there == WorkflowExecutionStatus.RUNNING and gone == RPCStatusCode.NOT_FOUND,
@@ -939,9 +916,10 @@ async def values_in_two_processes(lab: Lab) -> tuple[list[Any], list[Any]]:
 async def answers(handle: WorkflowHandle[Any, Any]) -> bool:
     """Whether a worker answers queries; without one the server gives up after a while."""
     try:
-        return await handle.query(Values.awake, rpc_timeout=timedelta(seconds=5))
+        awake: bool = await handle.query(Values.awake, rpc_timeout=timedelta(seconds=5))
     except RPCError:
         return False
+    return awake
 
 
 async def deadlock(lab: Lab) -> Evidence:
@@ -952,16 +930,6 @@ async def deadlock(lab: Lab) -> Evidence:
     message = (await failed_tasks(handle))[0]
     await handle.terminate()
     return holds("a workflow that never yields is caught", "TMPRL1101" in message, f"workflow task failed: {message}")
-
-
-async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
-    """The messages of the failed workflow tasks in a history."""
-    history = await handle.fetch_history()
-    return [
-        event.workflow_task_failed_event_attributes.failure.message
-        for event in history.events
-        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED
-    ]
 
 
 @EX.item("EX-05", "Determinism constraints")
@@ -1133,17 +1101,14 @@ async def fail_at_once(lab: Lab) -> Evidence:
     async with lab.worker(
         [OrderChangedBefore], [perform], task_queue=order.queue, workflow_failure_exception_types=types
     ):
-        await until(lambda: is_closed(order.handle), "the run is closed")
+        with contextlib.suppress(WorkflowFailureError):
+            await order.handle.result()
     seconds, status = time.monotonic() - begun, await status_of(order.handle)
     return holds(
         "workflow_failure_exception_types=[NondeterminismError] makes the run fail instead of waiting",
         status == WorkflowExecutionStatus.FAILED and notes(order.ledger) == ["pay"],
         f"status {name_of(status)} after {seconds:.2f} s",
     )
-
-
-async def is_closed(handle: WorkflowHandle[Any, Any]) -> bool:
-    return await status_of(handle) != WorkflowExecutionStatus.RUNNING
 
 
 REPORTED = 'TemporalReportedProblems = "cause=WorkflowTaskFailedCauseNonDeterministicError"'
@@ -1389,7 +1354,7 @@ async def replay(workflow_class: type, history: WorkflowHistory) -> BaseExceptio
 
 async def recorded(lab: Lab, workflow_class: Any, name: str, *arguments: Any) -> WorkflowHistory:
     """Run a workflow to its end and return its history."""
-    handle = await lab.client.start_workflow(
+    handle: WorkflowHandle[Any, Any] = await lab.client.start_workflow(
         workflow_class.run, args=arguments, id=f"{lab.id}-{name}", task_queue=f"{lab.id}-{name}"
     )
     async with lab.worker([workflow_class], [perform, measure], task_queue=f"{lab.id}-{name}"):

@@ -2,9 +2,10 @@
 
 1. Settings and connection    which Temporal server is evaluated, and how it is reached
 2. Servers of our own         the embedded server, and private ones that may be killed
-3. Workers                    in this process, and in processes that may be killed
-4. Evidence and judge         what was seen, and the stars that follow from it
-5. Running and output         items side by side, terminal, JSON, exit status
+3. Workers and the lab        in this process, and in processes that may be killed; what an item works with
+4. Looking                    the ledger outside Temporal, bounded waits, what the server says
+5. Evidence and judge         what was seen, and the stars that follow from it
+6. Running and output         items side by side, terminal, JSON, exit status
 
 A script declares a `Category`, decorates one async generator per item, and calls `run(category)`.
 This file knows nothing of any category, and a script imports nothing but this file and libraries.
@@ -42,7 +43,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -56,11 +57,12 @@ from rich.padding import Padding
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+from temporalio.api.enums.v1 import EventType
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
-from temporalio.service import RPCError
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
@@ -411,7 +413,7 @@ def tail(path: Path, characters: int = 400) -> str:
     return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else "nothing"
 
 
-# 3. Workers ------------------------------------------------------------------------------------------
+# 3. Workers and the lab ------------------------------------------------------------------------------------------
 
 
 def make_worker(
@@ -611,7 +613,227 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-# 4. Evidence and judge -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Lab:
+    """What one item works with: names, files, workers and servers that no other item touches."""
+
+    def __init__(self, session: "Session", item: str) -> None:
+        self._session = session
+        self.id = f"{item}-{session.token}"
+        self.task_queue = self.id
+        self.client = session.client
+        self.seed = session.seed
+        self.random = random.Random(f"{session.seed}/{item}")
+        self.folder = session.folder / item
+        self.folder.mkdir()
+
+    def file(self, name: str) -> str:
+        """The path of a file of this item's own, as text, so that it can be an argument of a workflow."""
+        return str(self.folder / name)
+
+    def worker(
+        self,
+        workflows: Sequence[type] = (),
+        activities: Sequence[Callable[..., Any]] = (),
+        *,
+        server: Server | None = None,
+        task_queue: str | None = None,
+        **options: Any,
+    ) -> Worker:
+        """A worker in this process; use it with `async with`. Options are those of temporalio's Worker."""
+        client = options.pop("client", server.client if server else self.client)
+        return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
+
+    @contextlib.asynccontextmanager
+    async def worker_process(
+        self,
+        workflows: Sequence[type] = (),
+        activities: Sequence[Callable[..., Any]] = (),
+        *,
+        server: Server | None = None,
+        task_queue: str | None = None,
+        fresh: bool = False,
+        connect_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Child]:
+        """A worker in a process of its own, which may be killed, and is on leaving the block."""
+        parts = {"workflows": workflows, "activities": activities, **options}
+        target = server.target if server else self._session.target
+        async with self.process(
+            _serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
+        ) as child:
+            yield child
+            if not child.alive and not child.killed and await child.wait() == 1:
+                raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
+
+    @contextlib.asynccontextmanager
+    async def process(self, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> AsyncIterator[Child]:
+        """A module-level function in a process of its own, killed on leaving the block if it still runs.
+
+        The processes of a script are forked from one parent and share its hash seed; a `fresh` one comes
+        from an interpreter of its own, which takes about a second.
+        """
+        nursery = self._session.new_nursery() if fresh else self._session.nursery
+        child = await nursery.fork(function, *arguments)
+        try:
+            yield child
+        finally:
+            await child.kill()
+            if fresh:
+                nursery.close()
+
+    @contextlib.asynccontextmanager
+    async def private_server(
+        self,
+        *,
+        file: bool = False,
+        settings: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> AsyncIterator[Server]:
+        """A server of this item's own, which may be killed. `settings` are added to the tuned ones.
+
+        `file`: its state is in a SQLite file and survives. Raises NotRun without a `temporal` binary.
+        """
+        if self._session.cli is None:
+            raise NotRun("a server of our own is needed, and there is no temporal binary")
+        path = self.folder / f"{uuid.uuid4().hex[:8]}.sqlite" if file else None
+        every = {**TUNED, **(settings or {})}
+        server = self._session.new_server(file=path, settings=every, arguments=arguments)
+        await server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+    async def cli(self, *arguments: str, server: Server | None = None, seconds: float = 30) -> Finished:
+        """Run the `temporal` command line (written in Go) against this item's server."""
+        if self._session.cli is None:
+            raise NotRun("the temporal command line is needed, and there is none")
+        target = server.target if server else self._session.target
+        return await run_cli(self._session.cli, target, arguments, seconds)
+
+
+async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
+    """Run a `temporal` command. A server of the user's is reached through the same settings as by the SDK."""
+    environment = dict(os.environ)
+    where: list[str] = []
+    if target.address is not None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")}
+        where = ["--disable-config-file", "--address", target.address, "--namespace", target.namespace]
+    process = await asyncio.create_subprocess_exec(
+        cli, *arguments, *where,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), seconds)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode is not None
+    return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+# 4. Looking: the ledger, bounded waits, and what the server says -------------------------------------
+
+T = TypeVar("T")
+
+
+def note(path: str, entry: str) -> None:
+    """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
+
+    One write to a file opened for appending is atomic, so that several processes may share a ledger,
+    and what was written stays when the writer is killed the moment after.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, f"{entry}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def notes(path: str) -> list[str]:
+    """The lines of a ledger, oldest first; none when nothing was noted yet."""
+    file = Path(path)
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+async def until(condition: Callable[[], object], what: str, seconds: float = 20) -> float:
+    """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
+
+    Raises TimeoutError, which says that `what` did not happen, after `seconds`.
+    """
+    begun = time.monotonic()
+    while True:
+        met = condition()
+        if await met if inspect.isawaitable(met) else met:
+            return time.monotonic() - begun
+        if time.monotonic() > begun + seconds:
+            raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
+        await asyncio.sleep(0.05)
+
+
+async def side_by_side(*parts: Coroutine[Any, Any, T]) -> AsyncIterator[T]:
+    """Run the parts at the same time and yield each result as it comes; if one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        for task in asyncio.as_completed(tasks):
+            yield await task
+    finally:
+        for one in tasks:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:
+    """A run's status as the server describes it."""
+    return (await handle.describe()).status
+
+
+async def refusal(handle: WorkflowHandle[Any, Any]) -> RPCStatusCode | None:
+    """The status with which the server refuses to describe a run, or None when it does describe it."""
+    try:
+        await handle.describe()
+    except RPCError as error:
+        return error.status
+    return None
+
+
+def name_of(status: WorkflowExecutionStatus | RPCStatusCode | None) -> str:
+    """A status in words, for a measured text."""
+    return status.name if status else "no error"
+
+
+async def history_of(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
+    """A run's events as JSON, as the Python client reads them."""
+    events: list[dict[str, Any]] = json.loads((await handle.fetch_history()).to_json())["events"]
+    return events
+
+
+async def count_events(handle: WorkflowHandle[Any, Any]) -> collections.Counter[str]:
+    """How often each type of event stands in a run's history, such as "ACTIVITY_TASK_COMPLETED"."""
+    history = await handle.fetch_history()
+    return collections.Counter(EventType.Name(one.event_type).removeprefix("EVENT_TYPE_") for one in history.events)
+
+
+async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
+    """The messages of the failed workflow tasks in a run's history: what a stuck workflow suffers from."""
+    history = await handle.fetch_history()
+    return [
+        event.workflow_task_failed_event_attributes.failure.message
+        for event in history.events
+        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED
+    ]
+
+
+# 5. Evidence and judge -------------------------------------------------------------------------------
 
 Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
 Stage = Literal["GA", "preview", "experimental", "deprecated", "missing"]
@@ -785,9 +1007,8 @@ def _earned(of: Mapping[str, Sequence[Evidence]]) -> tuple[int, str]:
     return 5, "everything held, no limit seen"
 
 
-# 5. Running and output -------------------------------------------------------------------------------
+# 6. Running and output -------------------------------------------------------------------------------
 
-T = TypeVar("T")
 SIDE_BY_SIDE = 2 * (os.cpu_count() or 1)  # items at a time: they wait more than they compute
 Demonstration = Callable[["Lab"], AsyncIterator[Evidence]]
 
@@ -820,177 +1041,6 @@ class Category:
             return demonstrate
 
         return register
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Lab:
-    """What one item works with: names, files, workers and servers that no other item touches."""
-
-    def __init__(self, session: "Session", item: str) -> None:
-        self._session = session
-        self.id = f"{item}-{session.token}"
-        self.task_queue = self.id
-        self.client = session.client
-        self.seed = session.seed
-        self.random = random.Random(f"{session.seed}/{item}")
-        self.folder = session.folder / item
-        self.folder.mkdir()
-
-    def file(self, name: str) -> str:
-        """The path of a file of this item's own, as text, so that it can be an argument of a workflow."""
-        return str(self.folder / name)
-
-    def worker(
-        self,
-        workflows: Sequence[type] = (),
-        activities: Sequence[Callable[..., Any]] = (),
-        *,
-        server: Server | None = None,
-        task_queue: str | None = None,
-        **options: Any,
-    ) -> Worker:
-        """A worker in this process; use it with `async with`. Options are those of temporalio's Worker."""
-        client = options.pop("client", server.client if server else self.client)
-        return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
-
-    @contextlib.asynccontextmanager
-    async def worker_process(
-        self,
-        workflows: Sequence[type] = (),
-        activities: Sequence[Callable[..., Any]] = (),
-        *,
-        server: Server | None = None,
-        task_queue: str | None = None,
-        fresh: bool = False,
-        connect_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> AsyncIterator[Child]:
-        """A worker in a process of its own, which may be killed, and is on leaving the block."""
-        parts = {"workflows": workflows, "activities": activities, **options}
-        target = server.target if server else self._session.target
-        async with self.process(
-            _serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
-        ) as child:
-            yield child
-            if not child.alive and not child.killed and await child.wait() == 1:
-                raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
-
-    @contextlib.asynccontextmanager
-    async def process(self, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> AsyncIterator[Child]:
-        """A module-level function in a process of its own, killed on leaving the block if it still runs.
-
-        The processes of a script are forked from one parent and share its hash seed; a `fresh` one comes
-        from an interpreter of its own, which takes about a second.
-        """
-        nursery = self._session.new_nursery() if fresh else self._session.nursery
-        child = await nursery.fork(function, *arguments)
-        try:
-            yield child
-        finally:
-            await child.kill()
-            if fresh:
-                nursery.close()
-
-    @contextlib.asynccontextmanager
-    async def private_server(
-        self,
-        *,
-        file: bool = False,
-        settings: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
-    ) -> AsyncIterator[Server]:
-        """A server of this item's own, which may be killed. `settings` are added to the tuned ones.
-
-        `file`: its state is in a SQLite file and survives. Raises NotRun without a `temporal` binary.
-        """
-        if self._session.cli is None:
-            raise NotRun("a server of our own is needed, and there is no temporal binary")
-        path = self.folder / f"{uuid.uuid4().hex[:8]}.sqlite" if file else None
-        every = {**TUNED, **(settings or {})}
-        server = self._session.new_server(file=path, settings=every, arguments=arguments)
-        await server.start()
-        try:
-            yield server
-        finally:
-            server.kill()
-
-    async def cli(self, *arguments: str, server: Server | None = None, seconds: float = 30) -> Finished:
-        """Run the `temporal` command line (written in Go) against this item's server."""
-        if self._session.cli is None:
-            raise NotRun("the temporal command line is needed, and there is none")
-        target = server.target if server else self._session.target
-        return await run_cli(self._session.cli, target, arguments, seconds)
-
-
-async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
-    """Run a `temporal` command. A server of the user's is reached through the same settings as by the SDK."""
-    environment = dict(os.environ)
-    where: list[str] = []
-    if target.address is not None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")}
-        where = ["--disable-config-file", "--address", target.address, "--namespace", target.namespace]
-    process = await asyncio.create_subprocess_exec(
-        cli, *arguments, *where,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-    )  # fmt: skip
-    try:
-        out, err = await asyncio.wait_for(process.communicate(), seconds)
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode is not None
-    return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
-
-
-def note(path: str, entry: str) -> None:
-    """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
-
-    One write to a file opened for appending is atomic, so that several processes may share a ledger,
-    and what was written stays when the writer is killed the moment after.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, f"{entry}\n".encode())
-    finally:
-        os.close(descriptor)
-
-
-def notes(path: str) -> list[str]:
-    """The lines of a ledger, oldest first; none when nothing was noted yet."""
-    file = Path(path)
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 20) -> float:
-    """Wait until `condition` is true. Returns the seconds it took; TimeoutError says `what` did not come."""
-    begun = time.monotonic()
-    while True:
-        met = condition()
-        if await met if inspect.isawaitable(met) else met:
-            return time.monotonic() - begun
-        if time.monotonic() > begun + seconds:
-            raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
-        await asyncio.sleep(0.05)
-
-
-async def side_by_side(*parts: Coroutine[Any, Any, T]) -> AsyncIterator[T]:
-    """Run the parts at the same time and yield each result as it comes; if one fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        for task in asyncio.as_completed(tasks):
-            yield await task
-    finally:
-        for one in tasks:
-            one.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Session:
