@@ -798,7 +798,8 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 async def counted(handle: WorkflowHandle[Any, Any]) -> bool:
-    return (await handle.query(Counting.state))["done"] == STEPS
+    state: dict[str, Any] = await handle.query(Counting.state)
+    return bool(state["done"] == STEPS)
 
 
 # EX-05 Determinism constraints -----------------------------------------------------------------------

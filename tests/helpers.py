@@ -1,0 +1,98 @@
+"""What the tests share: running the real commands, and running a script that was changed on purpose."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("[01][0-9]_*.py"))
+
+# The settings of whoever runs the tests must not decide how they end.
+NEUTRAL = ("TEMPORAL_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LC_", "LANG", "TERM")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command under test: ours without the settings that steer it, then `changes`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(NEUTRAL)}
+    return kept | {"LANG": "C.UTF-8", "TEMPORAL_CONFIG_FILE": ""} | changes
+
+
+def run(
+    *command: str | Path, cwd: Path = ROOT, seconds: float = 240, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script with its arguments to its end, as a user would with its output piped."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=seconds,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The end of an evaluation: exit status, what was printed, and the items of its JSON by id."""
+
+    code: int
+    out: str
+    err: str
+    items: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    def stars(self, item: str) -> int | None:
+        """The stars of an item, or None when it was not judged."""
+        stars: int | None = self.items[item]["stars"]
+        return stars
+
+    def evidence(self, item: str, kind: str) -> list[Mapping[str, Any]]:
+        """The evidence of one kind that an item gave."""
+        return [one for one in self.items[item]["evidence"] if one["kind"] == kind]
+
+
+def evaluate(
+    script: Path, tmp_path: Path, *arguments: str, seconds: float = 240, env: Mapping[str, str] | None = None
+) -> Verdicts:
+    """Run a numbered script with --json and read what it wrote."""
+    file = tmp_path / "verdicts.json"
+    done = run(script, "--json", str(file), *arguments, cwd=script.parent, seconds=seconds, env=env)
+    assert file.exists(), f"no verdicts (exit {done.returncode}): {done.stdout}{done.stderr}"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return Verdicts(done.returncode, done.stdout, done.stderr, {one["id"]: one for one in record["items"]}, record)
+
+
+def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], common: Sequence[tuple[str, str]] = ()) -> Path:
+    """A copy of a script in which texts are replaced: the feature taken out, or a platform that lies.
+
+    `common` are replacements in common.py. Each text must be there, or the test has lost its point.
+    """
+    for name, pairs in ((script.name, changes), ("common.py", common)):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for old, new in pairs:
+            assert old in text, f"{name} no longer holds {old!r}"
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path / script.name
+
+
+def check_whole(verdicts: Verdicts, stars: Mapping[str, int]) -> None:
+    """What every script's full run must show: exactly these items and stars, each with its control."""
+    assert verdicts.err == ""
+    assert {item: verdicts.stars(item) for item in verdicts.items} == dict(stars), verdicts.out
+    assert verdicts.code == 0
+    for item in verdicts.items.values():
+        kinds = {one["kind"] for one in item["evidence"]}
+        assert {"works", "control"} <= kinds, item["id"]
+        for one in item["evidence"]:
+            assert one["claim"], item["id"]
+            assert one["measured"], item["id"]
+        assert item["id"] in verdicts.out
