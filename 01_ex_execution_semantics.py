@@ -1043,6 +1043,10 @@ class OrderChangedAfter(Approvable):
         return [paid, await do("wrap", ledger), await do("ship", ledger)]
 
 
+# A failed workflow task is tried again after the task timeout: 10 s by default, less here to save time.
+RETRIED_AFTER = timedelta(seconds=5)
+
+
 @dataclass
 class Violation:
     """A run of Order that was begun with the old code, and what it looked like then."""
@@ -1057,7 +1061,7 @@ async def begin_order(lab: Lab, name: str, server: Server | None = None) -> Viol
     """Start Order, let it pay, stop its worker, and approve: whoever comes next must replay it."""
     queue, ledger = f"{lab.id}-{name}", lab.file(name)
     client = server.client if server else lab.client
-    handle = await client.start_workflow(Order.run, ledger, id=queue, task_queue=queue, task_timeout=SOON)
+    handle = await client.start_workflow(Order.run, ledger, id=queue, task_queue=queue, task_timeout=RETRIED_AFTER)
     async with lab.worker([Order], [perform], server=server, task_queue=queue):
         await until(lambda: settled(handle), "the order is paid and waits")
     order = Violation(handle, ledger, queue, await history_of(handle))

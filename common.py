@@ -1455,8 +1455,8 @@ def run(category: Category) -> NoReturn:
         leave(2)
 
 
-async def _main(category: Category, options: argparse.Namespace) -> int:
-    """Evaluate until done or until a signal comes; leave nothing behind either way."""
+def stop_signals() -> "asyncio.Future[int]":
+    """The number of the first signal that asks this process to end."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[int] = loop.create_future()
 
@@ -1466,6 +1466,12 @@ async def _main(category: Category, options: argparse.Namespace) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop, number)
+    return stopped
+
+
+async def _main(category: Category, options: argparse.Namespace) -> int:
+    """Evaluate until done or until a signal comes; leave nothing behind either way."""
+    stopped = stop_signals()
     screen = Screen(category)
     session = Session(options)
     try:

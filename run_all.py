@@ -1,0 +1,360 @@
+"""Runs the numbered scripts, prints the overall evaluation, and records the results.
+
+Each script runs as a command of its own, as a user would run it, and hands over its verdicts as JSON.
+This file adds nothing to them: it counts, applies the fail-closed rule, and shows where things stand.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from common import (
+    HERE,
+    Unusable,
+    check_writable,
+    is_unicode,
+    leave,
+    make_console,
+    redacted,
+    stars_text,
+    stop_signals,
+    wrapped,
+)
+
+ITEMS_IN_ALL = 58
+MEASURES = "07"  # the script that measures speed: it gets the machine to itself
+
+# Whoever depends on durable execution depends on these; an evaluation that fails one is capped.
+FAIL_CLOSED = {
+    "EX-01": "Progress guarantee",
+    "EX-03": "Idempotency and deduplication",
+    "RT-01": "Retry strategy",
+    "VR-01": "Workflow versioning",
+    "OP-02": "Management API",
+}
+CAP = 2
+NEEDED = 4
+
+ASSUMPTIONS = {
+    "run time": "minutes to hours",
+    "side effects": "limited writes",
+    "deployment": "self-hosted dev server",
+    "scale": "about 100",
+    "determinism": "LLM decisions included",
+    "language": "Python",
+}
+
+
+@dataclass(frozen=True)
+class Overall:
+    """The rating over all judged items. `mean` and `stars` are None when nothing was judged."""
+
+    mean: float | None
+    stars: int | None
+    judged: int
+    inconclusive: int
+    not_run: int
+    capped_by: Sequence[str]
+
+
+def fail_closed_states(items: Mapping[str, Any], assumptions: Mapping[str, str]) -> dict[str, str]:
+    """For each fail-closed item: "passes", "not applicable", or why it does not pass.
+
+    VR-01 guards runs that outlive a deployment; where runs last seconds there are none.
+    """
+    states = {}
+    for id in FAIL_CLOSED:
+        item = items.get(id)
+        if id == "VR-01" and assumptions["run time"] == "seconds":
+            states[id] = "not applicable"
+        elif item is None:
+            states[id] = "not run: its script did not run"
+        elif item["outcome"] != "judged":
+            states[id] = f"{item['outcome'].replace('_', ' ')}: {item['reason']}"
+        else:
+            states[id] = "passes" if item["stars"] >= NEEDED else f"below {NEEDED}: {item['reason']}"
+    return states
+
+
+def rate(items: Mapping[str, Any], assumptions: Mapping[str, str]) -> Overall:
+    """The mean over the judged items, whole stars with a half rounded up, capped by the fail-closed items."""
+    stars = [item["stars"] for item in items.values() if item["outcome"] == "judged"]
+    outcomes = collections.Counter(item["outcome"] for item in items.values())
+    states = fail_closed_states(items, assumptions)
+    capped_by = [id for id, state in states.items() if state not in ("passes", "not applicable")]
+    mean = sum(stars) / len(stars) if stars else None
+    whole = None if mean is None else int(mean + 0.5)
+    if whole is not None and capped_by:
+        whole = min(whole, CAP)
+    return Overall(mean, whole, len(stars), outcomes["inconclusive"], outcomes["not_run"], capped_by)
+
+
+class Script:
+    """One numbered script, and how its run stands."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.number = path.name[:2]
+        self.file = folder / f"{path.stem}.json"
+        self.begun: float | None = None
+        self.latest = ""
+        self.seconds = 0.0
+        self.code: int | None = None
+        self.errors = ""
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What the script wrote with --json, or None when it did not come to that."""
+        if self.code is None or not self.file.exists():
+            return None
+        record: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+        return record
+
+    async def run(self, seed: int) -> None:
+        """Run it to its end; its lines are kept for the display only."""
+        self.begun = time.monotonic()
+        command = [sys.executable, str(self.path), "--json", str(self.file), "--seed", str(seed)]
+        # In a session of its own, so that a Ctrl-C comes to it through us and only once.
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._process.stdout
+        assert self._process.stderr
+        errors = asyncio.create_task(self._process.stderr.read())
+        async for line in self._process.stdout:
+            self.latest = line.decode(errors="replace").strip() or self.latest
+        self.errors = redacted((await errors).decode(errors="replace"))
+        self.code = await self._process.wait()
+        self.seconds = time.monotonic() - self.begun
+
+    async def stop(self, number: int) -> None:
+        """End it by a signal, which it answers by ending its workers and servers."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 20)
+        if process.returncode is None:
+            process.kill()  # its guard ends what it leaves behind
+
+
+class Board:
+    """What a person sees: live lines on a terminal, a line per event elsewhere, then the tables."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.unicode = is_unicode(console)
+        self._running: list[Script] = []
+        live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(get_renderable=self._live_lines, console=console, transient=True) if live else None
+
+    def open(self) -> None:
+        if self._live:
+            self._live.start()
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def begin(self, script: Script) -> None:
+        self._running.append(script)
+        if not self._live:
+            self.line(f"{script.path.name} begins")
+
+    def end(self, script: Script) -> None:
+        """Print a script's items, each with the reason for its stars."""
+        self._running.remove(script)
+        record = script.record
+        if record is None:
+            self.line(f"{script.path.name}: no verdicts, exit status {script.code}. {script.errors}", "red")
+            return
+        self.line("")
+        self.line(f"{script.number} {record['category']}  {record['title']}, {script.seconds:.0f} s", "bold")
+        for item in record["items"]:
+            stars = stars_text(item["stars"], item["outcome"], self.unicode)
+            why = "" if item["stars"] == 5 else f" - {item['reason']}"
+            self.line(f"{item['id']}  {stars}  {item['title']}{why}", hang=14)
+
+    def line(self, text: str, style: str = "", hang: int = 0) -> None:
+        width = self.console.width
+        for one in wrapped(text, width, hang=hang if width >= 60 else 2):
+            self.console.print(Text(one, style=style), soft_wrap=True)
+
+    def categories(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Per category: how many items, their mean, how many are good (three stars and more) and not."""
+        self.line("")
+        self.line("Categories", "bold")
+        for record in records:
+            items = record["items"]
+            stars = [item["stars"] for item in items if item["stars"]]
+            good = sum(one >= 3 for one in stars)
+            mean = f"{sum(stars) / len(stars):.1f}" if stars else "-"
+            shown = stars_text(int(sum(stars) / len(stars) + 0.5) if stars else None, "not_run", self.unicode)
+            counts = f"{len(items)} items: {good} good, {len(stars) - good} insufficient"
+            other = collections.Counter(item["outcome"] for item in items)
+            for one in ("inconclusive", "not_run"):
+                counts += f", {other[one]} {one.replace('_', ' ')}" if other[one] else ""
+            self.line(f"{record['category']}  {shown} {mean:>3}  {record['title']}; {counts}", hang=14)
+
+    def fail_closed(self, items: Mapping[str, Any], states: Mapping[str, str]) -> None:
+        self.line("")
+        self.line(f"Fail-closed items: below {NEEDED} stars, inconclusive or not run caps the rating at {CAP}", "bold")
+        for id, state in states.items():
+            item = items.get(id, {"stars": None, "outcome": "not_run"})
+            stars = stars_text(item["stars"], item["outcome"], self.unicode)
+            self.line(f"{id}  {stars}  {FAIL_CLOSED[id]}: {state}", hang=14)
+
+    def assumptions(self, assumptions: Mapping[str, str]) -> None:
+        self.line("")
+        self.line("Assumptions of this evaluation", "bold")
+        for name, value in assumptions.items():
+            self.line(f"{name + ':':<14}{value}", hang=14)
+
+    def overall(self, rating: Overall, environment: Mapping[str, Any]) -> None:
+        self.line("")
+        stars = stars_text(rating.stars, "not_run", self.unicode)
+        mean = "nothing was judged" if rating.mean is None else f"mean {rating.mean:.1f}"
+        self.line(f"Overall  {stars}  {mean} over {rating.judged} judged of {ITEMS_IN_ALL} items", "bold")
+        self.line(f"{rating.inconclusive} inconclusive, {rating.not_run} not run")
+        if rating.capped_by:
+            self.line(f"Capped at {CAP} stars by {', '.join(rating.capped_by)}", "yellow")
+        self.line(", ".join(f"{name} {value}" for name, value in environment.items()), "dim")
+
+    def _live_lines(self) -> Text:
+        now = time.monotonic()
+        lines = [f"{one.path.stem}  {now - (one.begun or now):3.0f} s  {one.latest}" for one in self._running]
+        return Text("\n".join(["", *lines]), no_wrap=True, overflow="ellipsis")
+
+
+async def run_scripts(scripts: Sequence[Script], board: Board, jobs: int, seed: int) -> None:
+    """Run the scripts, `jobs` at a time and the one that measures alone. Raises Unusable when one does."""
+    places = asyncio.Semaphore(jobs)
+
+    async def one(script: Script) -> None:
+        async with places:
+            board.begin(script)
+            await script.run(seed)
+            if script.code == 2:
+                raise Unusable(script.errors.partition(": ")[2] or script.errors)
+            board.end(script)
+
+    await asyncio.gather(*(one(script) for script in scripts if script.number != MEASURES))
+    for script in scripts:
+        if script.number == MEASURES:
+            await one(script)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises Unusable or exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description="Run the evaluation: all numbered scripts, or those named.")
+    parser.add_argument("scripts", nargs="*", metavar="NUMBER", help="run only these scripts, such as 01")
+    parser.add_argument("--record", nargs="?", const=str(HERE / "results"), metavar="DIR", help="keep the verdicts")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="scripts at a time (default: the cores)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
+    parser.add_argument(
+        "--run-time", choices=["seconds", "minutes", "hours", "days"], help="how long your workflows run"
+    )
+    options = parser.parse_args(arguments)
+    found = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.py"))}
+    wrong = [number for number in options.scripts if number not in found]
+    if wrong:
+        raise Unusable(f"There is no script {', '.join(wrong)}: choose from {', '.join(found)}.")
+    if options.jobs < 1:
+        raise Unusable("--jobs must be 1 or more.")
+    options.paths = [path for number, path in found.items() if not options.scripts or number in options.scripts]
+    if options.record:
+        with contextlib.suppress(FileExistsError):
+            make_folder(options.record)
+        check_writable("record", str(Path(options.record) / "write-test.json"))
+    return options
+
+
+def make_folder(path: str) -> None:
+    try:
+        os.makedirs(path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise Unusable(f"--record {path} cannot be made ({error.strerror}): name another folder.") from None
+
+
+def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespace) -> int:
+    """Print the tables, record what is to be kept, and return the exit status."""
+    records = [record for record in (script.record for script in scripts) if record]
+    items = {item["id"]: item for record in records for item in record["items"]}
+    assumptions = ASSUMPTIONS | ({"run time": options.run_time} if options.run_time else {})
+    states = fail_closed_states(items, assumptions)
+    rating = rate(items, assumptions)
+    board.close()
+    board.categories(records)
+    board.fail_closed(items, states)
+    board.assumptions(assumptions)
+    board.overall(rating, records[0]["environment"] if records else {})
+    if options.record:
+        for script in scripts:
+            if script.record:
+                target = Path(options.record) / script.file.name
+                target.write_text(script.file.read_text(encoding="utf-8"), encoding="utf-8")
+        board.line(f"Recorded in {options.record}")
+    failed = [id for id in rating.capped_by if id in items]
+    return 1 if failed or rating.inconclusive or len(records) < len(scripts) else 0
+
+
+async def main(options: argparse.Namespace) -> int:
+    """Run everything until done or until a signal comes. Returns the exit status."""
+    stopped = stop_signals()
+    board = Board(make_console())
+    with tempfile.TemporaryDirectory(prefix="temporal-example-all-") as folder:
+        scripts = [Script(path, Path(folder)) for path in options.paths]
+        signal_number = signal.SIGTERM
+        try:
+            board.open()
+            work = asyncio.create_task(run_scripts(scripts, board, options.jobs, options.seed))
+            either: set[asyncio.Future[Any]] = {work, stopped}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                return conclude(scripts, board, options)
+            signal_number = signal.Signals(stopped.result())
+            work.cancel()
+            print(f"{signal_number.name}: stopped", file=sys.stderr)
+            return 128 + signal_number
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                board.close()
+            await asyncio.gather(*(script.stop(signal_number) for script in scripts))
+
+
+if __name__ == "__main__":
+    try:
+        leave(asyncio.run(main(parse(sys.argv[1:]))))
+    except Unusable as error:
+        print(f"run_all.py: {error}", file=sys.stderr)
+        leave(2)
+    except BrokenPipeError:
+        leave(128 + signal.SIGPIPE)
