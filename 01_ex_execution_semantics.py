@@ -6,6 +6,30 @@ running its code again and answering from the history instead of acting again. T
 that promises, what it asks of the code in return, and where it ends.
 """
 
+from common import (
+    Category,
+    Evidence,
+    Lab,
+    Server,
+    control,
+    count_events,
+    failed_tasks,
+    history_of,
+    holds,
+    limit,
+    name_of,
+    native,
+    note,
+    notes,
+    refusal,
+    run,
+    sandbox,
+    side_by_side,
+    status_of,
+    until,
+    works,
+)
+
 import ast
 import asyncio
 import contextlib
@@ -46,30 +70,6 @@ from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlrea
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Replayer, Worker
 from temporalio.worker.workflow_sandbox import RestrictedWorkflowAccessError, SandboxedWorkflowRunner
-
-from common import (
-    Category,
-    Evidence,
-    Lab,
-    Server,
-    control,
-    count_events,
-    failed_tasks,
-    history_of,
-    holds,
-    limit,
-    name_of,
-    native,
-    note,
-    notes,
-    refusal,
-    run,
-    sandbox,
-    side_by_side,
-    status_of,
-    until,
-    works,
-)
 
 EX = Category(
     "EX",

@@ -127,8 +127,8 @@ def user_settings() -> dict[str, Any]:
             given = " and ".join(lost) or "TLS or an API key"
             raise Unusable(f"{given} is set but no server is named: set TEMPORAL_ADDRESS, or unset it.")
         return {}
-    if "://" in options["target_host"]:
-        raise Unusable(f"TEMPORAL_ADDRESS must be host:port, without a scheme: not {options['target_host']}.")
+    if not re.fullmatch(r"([^\s:/\[\]]+|\[[0-9a-fA-F:.]+\]):\d+", options["target_host"]):
+        raise Unusable(f"The server's address must be host:port, without a scheme, not {options['target_host']!r}.")
     return options
 
 
@@ -161,7 +161,6 @@ async def connect_to_user_server(seconds: float = 8) -> Client:
 CONNECTION_TROUBLE = (
     (r"Connection ?refused", "nobody listens there. Start the server or correct TEMPORAL_ADDRESS."),
     (r"dns error", "the host name is not known. Correct TEMPORAL_ADDRESS."),
-    (r"(?i)invalid ?uri|invalid (port|authority)|empty host|URL", "that is not host:port: correct TEMPORAL_ADDRESS."),
     (r"NotValidForName", "its certificate is for another name. Correct TEMPORAL_TLS_SERVER_NAME or the address."),
     (
         r"UnknownIssuer|certificate|BadSignature|CaUsedAsEndEntity",
@@ -377,7 +376,7 @@ class Server:
                     return time.monotonic() - begun
                 await asyncio.sleep(0.01)
             self.kill()  # Most likely another program took the port meanwhile: try another one.
-        raise RuntimeError(f"the Temporal server did not start; it said: {tail(self._log)}")
+        raise RuntimeError(f"the Temporal server did not start; it said: {tail(self._log) or 'nothing'}")
 
     def kill(self) -> None:
         """SIGKILL: no goodbye, nothing flushed."""
@@ -410,7 +409,7 @@ class Server:
 
 def tail(path: Path, characters: int = 400) -> str:
     """The end of a log file on one line, for an error message."""
-    return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else "nothing"
+    return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else ""
 
 
 # 3. Workers and the lab ------------------------------------------------------------------------------------------
@@ -916,20 +915,13 @@ def _api_stage(api: Api) -> Stage:
     if not thing.__module__.startswith("temporalio."):
         return "missing"
     text = inspect.getdoc(thing.__init__ if parameter and inspect.isclass(thing) else thing) or ""
-    parameters = list(inspect.signature(thing).parameters) if callable(thing) else []
+    whole, _, arguments = text.partition("Args:")
     if parameter is None:
-        return _stage(_own_notice(text, parameters))
-    if parameter not in parameters:
+        return _stage(whole)
+    if parameter not in inspect.signature(thing).parameters:
         return "missing"
-    described = re.search(rf"^ *{parameter}: .*(\n(?! *\w+: ).*)*", text, re.MULTILINE)
-    return max(_stage(_own_notice(text, parameters)), _stage(described.group() if described else ""), key=STAGES.index)
-
-
-def _own_notice(docstring: str, parameters: Sequence[str]) -> str:
-    """The part of a docstring that speaks of the callable as a whole, not of a single parameter."""
-    whole = re.split(r"^ *Args:", docstring, maxsplit=1, flags=re.MULTILINE)[0]
-    sentences = re.split(r"(?<=[.!])\s", whole)
-    return " ".join(one for one in sentences if not any(f"``{name}``" in one for name in parameters))
+    described = re.search(rf"^ *{parameter}: .*(\n(?! *\w+: ).*)*", arguments, re.MULTILINE)
+    return max(_stage(whole), _stage(described.group() if described else ""), key=STAGES.index)
 
 
 @functools.cache
@@ -1112,7 +1104,10 @@ class Session:
         self._ui_port = None if not self.options.keep_open else port + 1000 if port else free_port()
         namespace = os.environ.get("TEMPORAL_NAMESPACE", "default")
         self._embedded = self.new_server(namespace=namespace, port=port, ui_port=self._ui_port)
-        await self._embedded.start()
+        try:
+            await self._embedded.start()
+        except RuntimeError as error:
+            raise Unusable(f"The embedded server cannot run ({self.cli}): {error}.") from None
         self.target, self._client = self._embedded.target, self._embedded.client
 
     async def tidy(self, seconds: float = 5) -> int:
@@ -1475,10 +1470,13 @@ async def _main(category: Category, options: argparse.Namespace) -> int:
     screen = Screen(category)
     session = Session(options)
     try:
-        work = asyncio.create_task(_evaluate(options, session, screen, stopped))
+        work = asyncio.create_task(_evaluate(options, session, screen))
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            return work.result()
+            leave_with = work.result()
+            if options.keep_open:
+                await keep_open(session, screen, stopped)
+            return leave_with
         screen.close()
         await session.tidy()
         print(f"{signal.Signals(stopped.result()).name}: stopped, workers and servers ended", file=sys.stderr)
@@ -1493,9 +1491,17 @@ async def _main(category: Category, options: argparse.Namespace) -> int:
     leave(leave_with)
 
 
-async def _evaluate(
-    options: argparse.Namespace, session: Session, screen: Screen, stopped: "asyncio.Future[int]"
-) -> int:
+async def keep_open(session: Session, screen: Screen, stopped: "asyncio.Future[int]") -> None:
+    """Leave the embedded server up until a signal comes, so that what ran can be looked at."""
+    if session.ui:
+        where = f"Web UI at {session.ui}, gRPC at {session.target.address}"
+        screen.line(f"The server stays up, {where}. Ctrl-C ends it.")
+        await stopped
+    else:
+        screen.line("The server is yours, so there is nothing to keep open.")
+
+
+async def _evaluate(options: argparse.Namespace, session: Session, screen: Screen) -> int:
     """Run the chosen items side by side. Returns the exit status."""
     begun = time.monotonic()
     await session.open()
@@ -1520,15 +1526,7 @@ async def _evaluate(
         screen.line(f"{left} workflows that were still running on your server were terminated")
     if options.json:
         write_json(options.json, screen.category, session, results)
-    code = 0 if all(result.passes for result in results) else 1
-    if options.keep_open:
-        if session.ui:
-            where = f"Web UI at {session.ui}, gRPC at {session.target.address}"
-            screen.line(f"The server stays up, {where}. Ctrl-C ends it.")
-            await asyncio.wait({stopped})
-        else:
-            screen.line("The server is yours, so there is nothing to keep open.")
-    return code
+    return 0 if all(result.passes for result in results) else 1
 
 
 def write_json(path: str, category: Category, session: Session, results: Sequence[Result]) -> None:

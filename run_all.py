@@ -4,6 +4,19 @@ Each script runs as a command of its own, as a user would run it, and hands over
 This file adds nothing to them: it counts, applies the fail-closed rule, and shows where things stand.
 """
 
+from common import (
+    HERE,
+    Unusable,
+    check_writable,
+    is_unicode,
+    leave,
+    make_console,
+    redacted,
+    stars_text,
+    stop_signals,
+    wrapped,
+)
+
 import argparse
 import asyncio
 import collections
@@ -24,19 +37,6 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-
-from common import (
-    HERE,
-    Unusable,
-    check_writable,
-    is_unicode,
-    leave,
-    make_console,
-    redacted,
-    stars_text,
-    stop_signals,
-    wrapped,
-)
 
 ITEMS_IN_ALL = 58
 MEASURES = "07"  # the script that measures speed: it gets the machine to itself

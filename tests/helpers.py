@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -96,3 +97,10 @@ def check_whole(verdicts: Verdicts, stars: Mapping[str, int]) -> None:
             assert one["claim"], item["id"]
             assert one["measured"], item["id"]
         assert item["id"] in verdicts.out
+
+
+def tiny(tmp_path: Path) -> Path:
+    """The tiny script beside a copy of common.py, as if it were a numbered one."""
+    for name in ("common.py", "tests/tiny.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path / "tiny.py"
