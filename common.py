@@ -264,6 +264,14 @@ def port_is_free(port: int) -> bool:
         return True
 
 
+def make_folder() -> Path:
+    """A new folder for temporary files; the guard removes it."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="temporal-example-"))
+    except OSError as error:
+        raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
+
+
 class Guard:
     """Ends what the script left behind, even when the script itself is killed by SIGKILL.
 
@@ -1043,10 +1051,7 @@ class Session:
         self.token = uuid.uuid4().hex[:8]
         self.seed: int = options.seed
         self.cli = find_cli()
-        try:
-            self.folder = Path(tempfile.mkdtemp(prefix="temporal-example-"))
-        except OSError as error:
-            raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
+        self.folder = make_folder()
         keep_bytecode(self.folder)
         self.log = Path(options.log) if options.log else self.folder / "log.txt"
         self.guard = Guard(self.folder)

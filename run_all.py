@@ -6,11 +6,13 @@ This file adds nothing to them: it counts, applies the fail-closed rule, and sho
 
 from common import (
     HERE,
+    Guard,
     Unusable,
     check_writable,
     is_unicode,
     leave,
     make_console,
+    make_folder,
     redacted,
     stars_text,
     stop_signals,
@@ -27,7 +29,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,8 +110,9 @@ def rate(items: Mapping[str, Any], assumptions: Mapping[str, str]) -> Overall:
 class Script:
     """One numbered script, and how its run stands."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, guard: Guard) -> None:
         self.path = path
+        self._guard = guard
         self.number = path.name[:2]
         self.file = folder / f"{path.stem}.json"
         self.begun: float | None = None
@@ -142,11 +144,13 @@ class Script:
         )
         assert self._process.stdout
         assert self._process.stderr
+        self._guard.watch(self._process.pid)
         errors = asyncio.create_task(self._process.stderr.read())
         async for line in self._process.stdout:
             self.latest = line.decode(errors="replace").strip() or self.latest
         self.errors = redacted((await errors).decode(errors="replace"))
         self.code = await self._process.wait()
+        self._guard.forget(self._process.pid)
         self.seconds = time.monotonic() - self.begun
 
     async def stop(self, number: int) -> None:
@@ -288,19 +292,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise Unusable("--jobs must be 1 or more.")
     options.paths = [path for number, path in found.items() if not options.scripts or number in options.scripts]
     if options.record:
-        with contextlib.suppress(FileExistsError):
-            make_folder(options.record)
+        try:
+            os.makedirs(options.record, exist_ok=True)
+        except OSError as error:
+            raise Unusable(f"--record {options.record} cannot be made ({error.strerror}): name another.") from None
         check_writable("record", str(Path(options.record) / "write-test.json"))
     return options
-
-
-def make_folder(path: str) -> None:
-    try:
-        os.makedirs(path)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise Unusable(f"--record {path} cannot be made ({error.strerror}): name another folder.") from None
 
 
 def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespace) -> int:
@@ -329,25 +326,27 @@ async def main(options: argparse.Namespace) -> int:
     """Run everything until done or until a signal comes. Returns the exit status."""
     stopped = stop_signals()
     board = Board(make_console())
-    with tempfile.TemporaryDirectory(prefix="temporal-example-all-") as folder:
-        scripts = [Script(path, Path(folder)) for path in options.paths]
-        signal_number = signal.SIGTERM
-        try:
-            board.open()
-            work = asyncio.create_task(run_scripts(scripts, board, options.jobs, options.seed))
-            either: set[asyncio.Future[Any]] = {work, stopped}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-                return conclude(scripts, board, options)
-            signal_number = signal.Signals(stopped.result())
-            work.cancel()
-            print(f"{signal_number.name}: stopped", file=sys.stderr)
-            return 128 + signal_number
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                board.close()
-            await asyncio.gather(*(script.stop(signal_number) for script in scripts))
+    folder = make_folder()
+    guard = Guard(folder)
+    scripts = [Script(path, folder, guard) for path in options.paths]
+    signal_number = signal.SIGTERM
+    try:
+        board.open()
+        work = asyncio.create_task(run_scripts(scripts, board, options.jobs, options.seed))
+        either: set[asyncio.Future[Any]] = {work, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+            return conclude(scripts, board, options)
+        signal_number = signal.Signals(stopped.result())
+        work.cancel()
+        print(f"{signal_number.name}: stopped", file=sys.stderr)
+        return 128 + signal_number
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            board.close()
+        await asyncio.gather(*(script.stop(signal_number) for script in scripts))
+        guard.close()
 
 
 if __name__ == "__main__":
