@@ -47,7 +47,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NoReturn, TextIO, TypeVar
+from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args
 
 import dotenv
 import dotenv.parser
@@ -1198,6 +1198,7 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
         verdict = judge(evidence, f"no end within {item.seconds:g} s, after {len(evidence)} pieces of evidence")
         task.cancel()
         await asyncio.wait({task}, timeout=10)  # its processes end with the session if it does not end now
+    evidence.sort(key=lambda one: get_args(Kind).index(one.kind))  # as a reader asks; it came as it came
     return Result(item, verdict, evidence, time.monotonic() - begun)
 
 
