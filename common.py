@@ -772,7 +772,7 @@ def notes(path: str) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-async def until(condition: Callable[[], object], what: str, seconds: float = 20) -> float:
+async def until(condition: Callable[[], object], what: str, seconds: float = 60) -> float:
     """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
 
     Raises TimeoutError, which says that `what` did not happen, after `seconds`.
