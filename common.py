@@ -43,11 +43,11 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import dotenv
 import dotenv.parser
@@ -636,7 +636,7 @@ class Lab:
         self._session = session
         self.id = f"{item}-{session.token}"
         self.task_queue = self.id
-        self.client = session.client
+        self.client, self.target = session.client, session.target
         self.seed = session.seed
         self.random = random.Random(f"{session.seed}/{item}")
         self.folder = session.folder / item
@@ -750,8 +750,6 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
 
 # 4. Looking: the ledger, bounded waits, and what the server says -------------------------------------
 
-T = TypeVar("T")
-
 
 def note(path: str, entry: str) -> None:
     """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
@@ -787,12 +785,17 @@ async def until(condition: Callable[[], object], what: str, seconds: float = 60)
         await asyncio.sleep(0.05)
 
 
-async def side_by_side(*parts: Coroutine[Any, Any, T]) -> AsyncIterator[T]:
-    """Run the parts at the same time and yield each result as it comes; if one fails, the others are cancelled."""
+async def side_by_side(*parts: Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]) -> AsyncIterator["Evidence"]:
+    """Run the parts of an item at the same time, and yield the evidence of each, one piece or several, as it comes.
+
+    If one fails, the others are cancelled.
+    """
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         for task in asyncio.as_completed(tasks):
-            yield await task
+            seen = await task
+            for evidence in [seen] if isinstance(seen, Evidence) else seen:
+                yield evidence
     finally:
         for one in tasks:
             one.cancel()
@@ -1450,10 +1453,10 @@ def run(category: Category) -> NoReturn:
     try:
         load_settings()
         options = parse(category, arguments)
-        leave(asyncio.run(_main(category, options)))
+        asyncio.run(_main(category, options))
     except Unusable as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        leave(2)
+        leave(refuse(error))
+    raise AssertionError("_main ends the process")
 
 
 def stop_signals() -> "asyncio.Future[int]":
@@ -1470,8 +1473,12 @@ def stop_signals() -> "asyncio.Future[int]":
     return stopped
 
 
-async def _main(category: Category, options: argparse.Namespace) -> int:
-    """Evaluate until done or until a signal comes; leave nothing behind either way."""
+async def _main(category: Category, options: argparse.Namespace) -> NoReturn:
+    """Evaluate until done or until a signal comes; leave nothing behind either way.
+
+    It does not return to asyncio.run(), which would wait for tasks that an item left behind and that
+    may never end.
+    """
     stopped = stop_signals()
     screen = Screen(category)
     session = Session(options)
@@ -1482,19 +1489,30 @@ async def _main(category: Category, options: argparse.Namespace) -> int:
             leave_with = work.result()
             if options.keep_open:
                 await keep_open(session, screen, stopped)
-            return leave_with
-        screen.close()
-        await session.tidy()
-        print(f"{signal.Signals(stopped.result()).name}: stopped, workers and servers ended", file=sys.stderr)
-        leave_with = 128 + stopped.result()
+        else:
+            screen.close()
+            await session.tidy()
+            print(f"{signal.Signals(stopped.result()).name}: stopped, workers and servers ended", file=sys.stderr)
+            leave_with = 128 + stopped.result()
+    except Unusable as error:
+        leave_with = refuse(error)
     except BrokenPipeError:
         sys.stdout = devnull()  # what is still buffered for the closed pipe is lost
         leave_with = 128 + signal.SIGPIPE
+    except Exception:
+        traceback.print_exc()
+        leave_with = 1
     finally:
         with contextlib.suppress(BrokenPipeError):
             screen.close()
         session.close()
     leave(leave_with)
+
+
+def refuse(error: Unusable) -> int:
+    """Say in one sentence why nothing is run. Returns the exit status for it."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return 2
 
 
 async def keep_open(session: Session, screen: Screen, stopped: "asyncio.Future[int]") -> None:

@@ -14,6 +14,7 @@ from common import (
     make_console,
     make_folder,
     redacted,
+    refuse,
     stars_text,
     stop_signals,
     wrapped,
@@ -353,7 +354,6 @@ if __name__ == "__main__":
     try:
         leave(asyncio.run(main(parse(sys.argv[1:]))))
     except Unusable as error:
-        print(f"run_all.py: {error}", file=sys.stderr)
-        leave(2)
+        leave(refuse(error))
     except BrokenPipeError:
         leave(128 + signal.SIGPIPE)
