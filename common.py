@@ -42,6 +42,7 @@ import subprocess
 import tempfile
 import time
 import traceback
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -532,7 +533,9 @@ class Nursery:
         return await asyncio.wait_for(asked, 30)
 
     def close(self) -> None:
-        """End the nursery and every child, at once."""
+        """End the nursery and every child, at once. Closing it again does nothing."""
+        if self._pipe.closed:
+            return
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._pipe.close()
@@ -1058,6 +1061,7 @@ class Session:
         keep_bytecode(self.folder)
         self.log = Path(options.log) if options.log else self.folder / "log.txt"
         self.guard = Guard(self.folder)
+        self._nurseries: list[Nursery] = []
         self.nursery = self.new_nursery()
         self.target = Target(None)
         self.environment: dict[str, Any] = {}
@@ -1080,7 +1084,8 @@ class Session:
         return f"http://127.0.0.1:{self._ui_port}" if self._embedded and self._ui_port else None
 
     def new_nursery(self) -> Nursery:
-        return Nursery(self.log, self.folder)
+        self._nurseries.append(Nursery(self.log, self.folder))
+        return self._nurseries[-1]
 
     def new_server(self, **options: Any) -> Server:
         assert self.cli, "callers check that there is a temporal binary"
@@ -1136,7 +1141,8 @@ class Session:
 
     def close(self) -> None:
         """Every process of ours is gone when this returns, and so is the folder."""
-        self.nursery.close()
+        for nursery in self._nurseries:
+            nursery.close()
         self.guard.close()
 
 
@@ -1515,9 +1521,19 @@ def refuse(error: Unusable) -> int:
     return 2
 
 
+def answers_http(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
 async def keep_open(session: Session, screen: Screen, stopped: "asyncio.Future[int]") -> None:
     """Leave the embedded server up until a signal comes, so that what ran can be looked at."""
     if session.ui:
+        # The UI connects to the server by itself, and answers 503 until it has.
+        await until(lambda: asyncio.to_thread(answers_http, f"{session.ui}/api/v1/namespaces"), "the Web UI answers")
         where = f"Web UI at {session.ui}, gRPC at {session.target.address}"
         screen.line(f"The server stays up, {where}. Ctrl-C ends it.")
         await stopped
