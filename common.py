@@ -539,9 +539,13 @@ class Nursery:
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._pipe.close()
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._process.wait()
+            # The children are not ours to wait for; they are gone when their group is.
+            for _ in range(200):
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.01)
 
     def _hear(self) -> None:
         try:

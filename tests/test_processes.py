@@ -48,7 +48,7 @@ class Running:
             text=True,
             cwd=tmp_path,
         )
-        wait_for(ledger.exists, "the item is running")
+        wait_for(lambda: ledger.exists() and ledger.read_text().endswith("\n"), "the item is running")
         self.folder = Path(ledger.read_text().splitlines()[0]).parent
         self.alive = tagged(self.tag)
 
