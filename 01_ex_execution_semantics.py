@@ -16,6 +16,7 @@ from common import (
     failed_tasks,
     history_of,
     holds,
+    keywords_in,
     limit,
     name_of,
     native,
@@ -30,7 +31,6 @@ from common import (
     works,
 )
 
-import ast
 import asyncio
 import contextlib
 import inspect
@@ -43,7 +43,6 @@ import socket
 import sqlite3
 import subprocess
 import tempfile
-import textwrap
 import threading
 import time
 import urllib.request
@@ -142,12 +141,6 @@ class FiveSteps:
 
 
 FIVE = [1, 2, 3, 4, 5]
-
-
-def recovery_code(workflow_class: type) -> list[str]:
-    """The statements in a workflow's source that could repair something: every `try`."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(workflow_class)))
-    return [f"try in line {node.lineno}" for node in ast.walk(tree) if isinstance(node, ast.Try)]
 
 
 async def five_plain_steps(ledger: str) -> None:
@@ -312,7 +305,7 @@ async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.defn,
         workflow.execute_activity,
         Worker,
-        adds=recovery_code(FiveSteps),
+        adds=keywords_in([FiveSteps], "try"),
     )
 
 

@@ -41,6 +41,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import tokenize
 import traceback
 import urllib.request
 import uuid
@@ -792,6 +793,21 @@ async def until(condition: Callable[[], object], what: str, seconds: float = 60)
         await asyncio.sleep(0.05)
 
 
+def causes(error: BaseException | None) -> list[BaseException]:
+    """An error and its chain of causes, outermost first; empty for None."""
+    return [error, *causes(error.__cause__)] if error else []
+
+
+def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> list[str]:
+    """Where keywords such as "try" stand in the source of functions or classes: what a demonstration adds itself."""
+    found = []
+    for thing in things:
+        # Not ast: on Python 3.11 parsing fails now and then while other threads are busy.
+        tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(thing)).readline)
+        found += [f"{one.string} in {thing.__qualname__}" for one in tokens if one.string in keywords]
+    return found
+
+
 async def side_by_side(*parts: Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]) -> AsyncIterator["Evidence"]:
     """Run the parts of an item at the same time, and yield the evidence of each, one piece or several, as it comes.
 
@@ -838,6 +854,12 @@ async def count_events(handle: WorkflowHandle[Any, Any]) -> collections.Counter[
     """How often each type of event stands in a run's history, such as "ACTIVITY_TASK_COMPLETED"."""
     history = await handle.fetch_history()
     return collections.Counter(EventType.Name(one.event_type).removeprefix("EVENT_TYPE_") for one in history.events)
+
+
+def event_times(events: Sequence[Mapping[str, Any]], kind: str) -> list[datetime]:
+    """When the server recorded the events of one type, such as "TIMER_FIRED". `events` are those of history_of()."""
+    times = [event["eventTime"] for event in events if event["eventType"] == f"EVENT_TYPE_{kind}"]
+    return [datetime.fromisoformat(time.replace("Z", "+00:00")) for time in times]
 
 
 async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
@@ -1228,14 +1250,10 @@ def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Ver
 
 def describe_error(error: BaseException) -> str:
     """The chain of causes of an exception, and the line of the script that it came through."""
-    causes: list[str] = []
-    one: BaseException | None = error
-    while one is not None and len(causes) < 4:
-        causes.append(f"{type(one).__name__}: {redacted(str(one))[:300]}")
-        one = one.__cause__
+    chain = [f"{type(one).__name__}: {redacted(str(one))[:300]}" for one in causes(error)[:4]]
     script = Path(sys.argv[0]).name
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == script]
-    return " <- ".join(causes) + (f" (line {lines[-1]} of {script})" if lines else "")
+    return " <- ".join(chain) + (f" (line {lines[-1]} of {script})" if lines else "")
 
 
 class Screen:

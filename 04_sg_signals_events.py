@@ -1,0 +1,1557 @@
+"""SG: signals and events - how messages reach a workflow, wake it, start it, and read it.
+
+A workflow is an addressee: it has an id, and whoever knows the id can send it something. The server writes
+each message into the workflow's history before it tells the sender that it was taken, so that neither a
+missing worker nor a crash loses it. The four items ask what that promises for signals, how a workflow
+waits for something, what can start one, and how its state is read from outside.
+"""
+
+from common import (
+    Category,
+    Evidence,
+    Lab,
+    Target,
+    connect,
+    control,
+    count_events,
+    event_times,
+    failed_tasks,
+    free_port,
+    history_of,
+    holds,
+    limit,
+    name_of,
+    native,
+    note,
+    notes,
+    refusal,
+    run,
+    side_by_side,
+    status_of,
+    until,
+    works,
+)
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from temporalio import activity, workflow
+from temporalio.api.enums.v1 import EventType
+from temporalio.client import (
+    Client,
+    Schedule,
+    ScheduleActionExecutionStartWorkflow,
+    ScheduleActionResult,
+    ScheduleActionStartWorkflow,
+    ScheduleHandle,
+    ScheduleIntervalSpec,
+    ScheduleSpec,
+    ScheduleState,
+    WithStartWorkflowOperation,
+    WorkflowExecutionStatus,
+    WorkflowHandle,
+    WorkflowQueryFailedError,
+    WorkflowQueryRejectedError,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateStage,
+)
+from temporalio.common import QueryRejectCondition, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
+from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
+
+SG = Category(
+    "SG",
+    "Signals and events",
+    "How do messages reach a workflow, wake it, start it, and read it?",
+)
+
+# An attempt that a kill has cut off is given up after this long, here short, so that kills cost little time.
+SOON = timedelta(seconds=2)
+# Where nothing is to be given up, a slow machine gets all the time it needs.
+PATIENT = timedelta(seconds=30)
+
+
+@contextlib.contextmanager
+def overheard(logger: str, part: str) -> Iterator[list[str]]:
+    """What a logger of this process is told meanwhile, as far as `part` occurs in it."""
+    told: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if part in record.getMessage():
+                told.append(record.getMessage())
+
+    listener = Listener()
+    logging.getLogger(logger).addHandler(listener)
+    try:
+        yield told
+    finally:
+        logging.getLogger(logger).removeHandler(listener)
+
+
+# SG-01 External signals ------------------------------------------------------------------------------
+# A signal is written into the history before its sender is told "taken". From then on it cannot get lost,
+# whoever dies.
+
+
+def open_inbox(database: str) -> None:
+    """The table into which the workflow books what it received, in that order. Equal numbers stay visible."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE received (place TEXT UNIQUE, number INTEGER)")
+
+
+def booked(database: str) -> list[int]:
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection:
+        return [int(number) for (number,) in connection.execute("SELECT number FROM received ORDER BY rowid")]
+
+
+@dataclass
+class Batch:
+    database: str
+    numbers: list[int]
+
+
+@activity.defn
+async def book(batch: Batch) -> None:
+    """A retry of one activity writes to the same places and changes nothing; a signal that came twice would."""
+    places = f"{activity.info().workflow_id}/{activity.info().activity_id}"
+    rows = [(f"{places}/{index}", number) for index, number in enumerate(batch.numbers)]
+    with contextlib.closing(sqlite3.connect(batch.database, timeout=30)) as connection, connection:
+        connection.executemany("INSERT OR IGNORE INTO received VALUES (?, ?)", rows)
+
+
+@workflow.defn
+class Inbox:
+    """The handlers only put aside what comes; one loop works on it, so nothing is worked on twice at a time."""
+
+    def __init__(self) -> None:
+        self.waiting: list[int] = []
+        self.closed = False
+
+    @workflow.run
+    async def run(self, database: str) -> int:
+        done = 0
+        while True:
+            await workflow.wait_condition(lambda: bool(self.waiting) or self.closed)
+            if not self.waiting:
+                return done
+            numbers, self.waiting = self.waiting, []
+            await workflow.execute_activity(book, Batch(database, numbers), start_to_close_timeout=SOON)
+            done += len(numbers)
+
+    @workflow.signal
+    def receive(self, number: int) -> None:
+        self.waiting.append(number)
+
+    @workflow.signal
+    def close(self) -> None:
+        self.closed = True
+
+
+Handle = WorkflowHandle[Any, Any]
+
+
+async def open_workflow(lab: Lab, name: str, client: Client | None = None) -> tuple[Handle, str]:
+    """Start an Inbox on a task queue of its own. Returns its handle and the table it books into."""
+    database, queue = lab.file(f"{name}.sqlite"), f"{lab.id}-{name}"
+    open_inbox(database)
+    handle = await (client or lab.client).start_workflow(
+        Inbox.run, database, id=queue, task_queue=queue, task_timeout=SOON
+    )
+    return handle, database
+
+
+async def signalled(handle: Handle) -> list[str]:
+    """The arguments of the `receive` signals in the history, as JSON, in the order of the history."""
+    history = await handle.fetch_history()
+    signals = [one.workflow_execution_signaled_event_attributes for one in history.events]
+    return [one.input.payloads[0].data.decode() for one in signals if one.signal_name == "receive"]
+
+
+async def wakes_a_workflow(lab: Lab) -> Evidence:
+    handle, database = await open_workflow(lab, "wake")
+    async with lab.worker([Inbox], [book], task_queue=handle.id):
+        await until(lambda: waits(handle), "the workflow waits")
+        before = booked(database)
+        begun = time.monotonic()
+        await handle.signal(Inbox.receive, 7)
+        await until(lambda: booked(database), "the signal had an effect")
+        seconds = time.monotonic() - begun
+        await handle.signal(Inbox.close)
+        result = await handle.result()
+    return works(
+        "a signal wakes a running workflow, which then acts on the signal's argument",
+        before == [] and booked(database) == [7] and result == 1,
+        f"table before: {before}, after one signal with 7: {booked(database)}, {seconds:.2f} s later; result {result}",
+    )
+
+
+async def waits(handle: Handle) -> bool:
+    """The first workflow task is done: the workflow's code has run up to where it waits."""
+    return (await count_events(handle))["WORKFLOW_TASK_COMPLETED"] > 0
+
+
+async def before_any_worker(lab: Lab) -> Evidence:
+    handle, database = await open_workflow(lab, "early")
+    for number in range(20):
+        await handle.signal(Inbox.receive, number)
+    await handle.signal(Inbox.close)
+    tasks = await count_events(handle)
+    async with lab.worker([Inbox], [book], task_queue=handle.id):
+        result = await handle.result()
+    return holds(
+        "signals sent before any worker exists wait for it: all arrive, in the order sent",
+        booked(database) == list(range(20)) and result == 20 and tasks["WORKFLOW_TASK_STARTED"] == 0,
+        f"20 signals accepted, workflow tasks started by then: {tasks['WORKFLOW_TASK_STARTED']}; "
+        f"a worker came, and the table holds {listed(booked(database))}",
+    )
+
+
+def listed(numbers: list[int]) -> str:
+    """A list of numbers in short: "0 1 2 ... 19"."""
+    words = [str(number) for number in numbers]
+    return " ".join(words if len(words) <= 6 else [*words[:3], "...", words[-1]]) or "nothing"
+
+
+CROWD = 1000
+
+
+async def concurrent_signals(lab: Lab) -> Evidence:
+    handle, database = await open_workflow(lab, "crowd")
+    begun = time.monotonic()
+    async with lab.worker([Inbox], [book], task_queue=handle.id):
+        await asyncio.gather(*(handle.signal(Inbox.receive, number) for number in range(CROWD)))
+        sent = time.monotonic() - begun
+        await handle.signal(Inbox.close)
+        result = await handle.result()
+    received, recorded = booked(database), [int(one) for one in await signalled(handle)]
+    return holds(
+        f"{CROWD} concurrent signals to one workflow: none lost, none twice, handled in the order of the history",
+        sorted(received) == list(range(CROWD)) and received == recorded and result == CROWD,
+        f"{CROWD} signals accepted in {sent:.1f} s, in the table after {time.monotonic() - begun:.1f} s: "
+        f"{len(received)} rows, {len(set(received))} different numbers; signal events: {len(recorded)}; "
+        f"same order in both: {received == recorded}",
+    )
+
+
+class Stream:
+    """Numbers sent one after the other; each one whose sending succeeded is noted outside Temporal."""
+
+    def __init__(self, send: Callable[[int], Awaitable[None]], ledger: str) -> None:
+        self.send, self.ledger = send, ledger
+        self.refused: list[int] = []
+        self.ended = False
+
+    async def __aenter__(self) -> "Stream":
+        self.flowing = asyncio.create_task(self.flow())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.end()
+
+    async def end(self) -> None:
+        self.ended = True
+        await self.flowing
+
+    async def flow(self) -> None:
+        number = 0
+        while not self.ended:
+            try:
+                # A sender that nobody answers gives up and does not know whether its message was taken.
+                await asyncio.wait_for(self.send(number), 20)
+                note(self.ledger, str(number))
+            except (RPCError, OSError, TimeoutError) as error:
+                if isinstance(error, RPCError) and error.status == RPCStatusCode.NOT_FOUND:
+                    raise  # the addressee is gone, and no waiting brings it back
+                self.refused.append(number)
+            number += 1
+            await asyncio.sleep(0.005)
+
+    @property
+    def acknowledged(self) -> list[int]:
+        return [int(line) for line in notes(self.ledger)]
+
+    def has(self, count: int) -> bool:
+        if self.flowing.done():
+            self.flowing.result()  # raises what ended it
+        return len(self.acknowledged) >= count
+
+    async def more(self, count: int) -> int:
+        """Wait until so many more were acknowledged. Returns how many there are then."""
+        there = len(self.acknowledged)
+        await until(lambda: self.has(there + count), f"{count} more messages are acknowledged")
+        return len(self.acknowledged)
+
+
+async def kill_worker_and_server(lab: Lab) -> Evidence:
+    """While a stream of signals flows, first the worker is killed and replaced, then the server."""
+    async with lab.private_server(file=True) as server:
+        handle, database = await open_workflow(lab, "kills", server.client)
+        worker = functools.partial(lab.worker_process, [Inbox], [book], server=server, task_queue=handle.id)
+        async with Stream(lambda number: handle.signal(Inbox.receive, number), lab.file("acknowledged")) as stream:
+            async with worker() as victim:
+                await until(lambda: booked(database), "the first signal is booked")
+                first = await stream.more(40)
+                await victim.kill()
+                second = await stream.more(40)
+            async with worker():
+                third = await stream.more(40)
+                server.kill()
+                down = await server.start()
+                await stream.more(40)
+                await stream.end()
+                await handle.signal(Inbox.close)
+                await handle.result()
+    acknowledged, received = stream.acknowledged, booked(database)
+    surplus = set(received) - set(acknowledged)
+    return holds(
+        "worker and server are killed in mid-stream: every acknowledged signal is there once, in the order sent",
+        set(acknowledged) <= set(received) and received == sorted(set(received)) and surplus <= set(stream.refused)
+        and first < second < third < len(acknowledged),
+        f"worker SIGKILL after {first} acknowledged, a new worker after {second}, server SIGKILL after {third} "
+        f"(away {down:.1f} s), {len(acknowledged)} in the end; in the table: {len(received)}, lost: "
+        f"{len(set(acknowledged) - set(received))}, twice: {len(received) - len(set(received))}, "
+        f"in order: {received == sorted(received)}; not acknowledged: {len(stream.refused)}",
+    )  # fmt: skip
+
+
+async def plain_inbox(port: int, database: str) -> None:
+    """The control: the same inbox as an ordinary program, which keeps what it received in its memory."""
+    waiting: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := (await reader.readline()).decode().strip():
+            if line == "close":
+                with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+                    connection.executemany("INSERT INTO received VALUES (?, ?)", enumerate(waiting))
+            else:
+                waiting.append(int(line))
+            writer.write(b"taken\n")
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+async def tell(port: int, message: object) -> None:
+    """Send one line and wait for the answer, over a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(f"{message}\n".encode())
+        if await reader.readline() != b"taken\n":
+            raise ConnectionError("no answer")
+    finally:
+        writer.close()
+
+
+async def kill_plain_program(lab: Lab) -> Evidence:
+    port, database = free_port(), lab.file("plain.sqlite")
+    open_inbox(database)
+    async with Stream(lambda number: tell(port, number), lab.file("taken")) as stream:
+        async with lab.process(plain_inbox, port, database) as program:
+            first = await stream.more(40)
+            await program.kill()
+            before = stream.acknowledged
+        async with lab.process(plain_inbox, port, database):
+            await stream.more(40)
+            await stream.end()
+            await tell(port, "close")
+    acknowledged, received = stream.acknowledged, booked(database)
+    lost = set(acknowledged) - set(received)
+    return control(
+        "the same stream into a plain program that is killed: what it had acknowledged by then is lost",
+        # One answer may have been under way when the program was killed.
+        len(before) >= first and lost in (set(acknowledged[: len(before)]), set(acknowledged[: len(before) + 1]))
+        and received == acknowledged[len(lost) :],
+        f"SIGKILL after {len(before)} acknowledged, {len(acknowledged)} in the end; "
+        f"in the table: {len(received)}, lost: {len(lost)}",
+    )  # fmt: skip
+
+
+async def undecodable(lab: Lab) -> Evidence:
+    """The handler takes a number. The server does not look into payloads and takes anything."""
+    handle, database = await open_workflow(lab, "wrong")
+    with overheard("temporalio.worker._workflow_instance", handle.id) as told:
+        async with lab.worker([Inbox], [book], task_queue=handle.id):
+            for argument in (1, "two", 3):
+                await handle.signal("receive", argument)
+            await handle.signal(Inbox.close)
+            await handle.result()
+    accepted, received = await signalled(handle), booked(database)
+    failed = await failed_tasks(handle)
+    return limit(
+        "a signal whose argument the handler cannot decode is dropped, though its sender saw success",
+        accepted == ["1", '"two"', "3"] and received == [1, 3] and not failed,
+        f"sent and accepted: {', '.join(accepted)}; the handler got {listed(received)}; failed workflow tasks: "
+        f"{len(failed)}; only the worker's log tells: {(told or ['nothing'])[0].split(' on workflow')[0]}",
+    )
+
+
+@SG.item("SG-01", "External signals")
+async def external_signals(lab: Lab) -> AsyncIterator[Evidence]:
+    """Signals are sent early, all at once and through kills; a table outside Temporal holds what arrived."""
+    parts = (wakes_a_workflow, before_any_worker, kill_plain_program, undecodable, kill_worker_and_server)
+    async for evidence in side_by_side(*(part(lab) for part in parts)):
+        yield evidence
+    yield await concurrent_signals(lab)
+    yield native(
+        "a signal is a method of the workflow; nothing was built to keep, order or deliver it",
+        workflow.signal,
+        workflow.wait_condition,
+        WorkflowHandle.signal,
+    )
+
+
+# SG-02 Waiting and awaitables ------------------------------------------------------------------------
+# Waiting costs nothing and may last for months: the condition is ordinary code, and the server keeps the
+# time. What answers the outside while a workflow waits is an update.
+
+
+@workflow.defn
+class Approval:
+    def __init__(self) -> None:
+        self.approved = False
+
+    @workflow.run
+    async def run(self, seconds: float | None) -> str:
+        try:
+            await workflow.wait_condition(lambda: self.approved, timeout=seconds)
+        except TimeoutError:
+            return "expired"
+        return "approved"
+
+    @workflow.signal
+    def approve(self) -> None:
+        self.approved = True
+
+
+async def start_approval(lab: Lab, name: str, seconds: float | None) -> Handle:
+    return await lab.client.start_workflow(
+        Approval.run, seconds, id=f"{lab.id}-{name}", task_queue=lab.task_queue
+    )  # fmt: skip
+
+
+async def waits_for_signal(lab: Lab) -> Evidence:
+    handles = [await start_approval(lab, f"approved-{limit}", limit) for limit in (None, 3600)]
+    for handle in handles:
+        await until(lambda: waits(handle), "the workflow waits")  # noqa: B023
+    before = [name_of(await status_of(handle)) for handle in handles]
+    for handle in handles:
+        await handle.signal(Approval.approve)
+    results = [await handle.result() for handle in handles]
+    timers = [(await count_events(handle))["TIMER_CANCELED"] for handle in handles]
+    return works(
+        "wait_condition waits until a signal makes its condition true; a timeout not needed is taken back",
+        before == ["RUNNING", "RUNNING"] and results == ["approved", "approved"] and timers == [0, 1],
+        f"without timeout / with one of 3600 s: {' / '.join(before)}, then a signal: {' / '.join(results)}; "
+        f"timers cancelled: {timers[0]} / {timers[1]}",
+    )
+
+
+async def never_set(lab: Lab) -> tuple[Evidence, ...]:
+    """Nobody ever approves. Both workflows wait for the same condition; one of them has a timeout."""
+    without = await start_approval(lab, "endless", None)
+    await until(lambda: waits(without), "the workflow waits")
+    bounded = await start_approval(lab, "bounded", 1)
+    result = await asyncio.wait_for(bounded.result(), 30)
+    status, timers = await status_of(without), (await count_events(without))["TIMER_STARTED"]
+    events = await history_of(bounded)
+    await without.terminate()
+    waited = (event_times(events, "TIMER_FIRED")[0] - event_times(events, "TIMER_STARTED")[0]).total_seconds()
+    expired = works(
+        "a condition that is never set: the timeout ends the wait, not before its time",
+        result == "expired" and 1 <= waited < 10,
+        f"timeout of 1 s: {result} after {waited:.3f} s by the server's clock",
+    )
+    return expired, control(
+        "the same wait without a timeout hangs",
+        status == WorkflowExecutionStatus.RUNNING and timers == 0,
+        f"started earlier, and when the other one had expired: {name_of(status)}, timers in its history: {timers}",
+    )
+
+
+@dataclass
+class Question:
+    whom: str
+    asked: str
+    answers: str
+
+
+@activity.defn
+async def ask(question: Question) -> str:
+    """Somebody who takes time: answers once their name stands in the ledger of answers."""
+    note(question.asked, question.whom)
+    while question.whom not in notes(question.answers):
+        await asyncio.sleep(0.02)
+    return question.whom
+
+
+@workflow.defn
+class Quotes:
+    """Asks three at the same time: goes on with the first answer, and later takes them all."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+
+    @workflow.run
+    async def run(self, asked: str, answers: str) -> list[str]:
+        tasks = [
+            workflow.start_activity(ask, Question(whom, asked, answers), start_to_close_timeout=timedelta(minutes=5))
+            for whom in ("anna", "bob", "carl")
+        ]
+        # Not asyncio.wait: its sets have no order of their own, so a replay could take them in another one.
+        done, _ = await workflow.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        self.first = [task.result() for task in done]
+        return await asyncio.gather(*tasks)
+
+    @workflow.query
+    def winners(self) -> list[str]:
+        return self.first
+
+
+async def wait_on_many(lab: Lab) -> Evidence:
+    asked, answers = lab.file("asked"), lab.file("answers")
+    handle = await lab.client.start_workflow(
+        Quotes.run, args=[asked, answers], id=f"{lab.id}-quotes", task_queue=lab.task_queue
+    )
+    await until(lambda: len(notes(asked)) >= 3, "all three are asked")
+    early = await handle.query(Quotes.winners)
+    note(answers, "bob")
+    await until(lambda: handle.query(Quotes.winners), "the first answer is there")
+    first, completed = await handle.query(Quotes.winners), (await count_events(handle))["ACTIVITY_TASK_COMPLETED"]
+    for whom in ("carl", "anna"):
+        note(answers, whom)
+    every = await handle.result()
+    return works(
+        "waiting on many: it goes on with the first that is ready, and later has all, in the order asked",
+        early == [] and first == ["bob"] and completed == 1 and every == ["anna", "bob", "carl"]
+        and sorted(notes(asked)) == ["anna", "bob", "carl"],
+        f"asked at once: {', '.join(sorted(notes(asked)))}; answered in the order {', '.join(notes(answers))}; "
+        f"first: {', '.join(first)}, with {completed} of 3 activities completed; all: {', '.join(every)}",
+    )  # fmt: skip
+
+
+@dataclass
+class Expense:
+    amount: int
+    ledger: str
+
+
+@activity.defn
+async def pay(expense: Expense) -> None:
+    note(expense.ledger, str(expense.amount))
+
+
+@workflow.defn
+class Budget:
+    """An update answers its sender. Its validator may refuse it before anything is written anywhere."""
+
+    def __init__(self) -> None:
+        self.left = 100
+        self.closed = False
+
+    @workflow.run
+    async def run(self) -> int:
+        await workflow.wait_condition(lambda: self.closed and workflow.all_handlers_finished())
+        return self.left
+
+    @workflow.signal
+    def close(self) -> None:
+        self.closed = True
+
+    @workflow.update
+    async def spend(self, expense: Expense) -> int:
+        self.left -= expense.amount
+        await workflow.execute_activity(pay, expense, start_to_close_timeout=PATIENT)
+        return self.left
+
+    @spend.validator
+    def check(self, expense: Expense) -> None:
+        if not 0 < expense.amount <= self.left:
+            raise ApplicationError(f"{expense.amount} cannot be spent, {self.left} is left")
+
+
+async def refused_update(handle: Handle, expense: Expense) -> str:
+    """Why an update was refused, or "accepted"."""
+    try:
+        await handle.execute_update(Budget.spend, expense)
+    except WorkflowUpdateFailedError as error:
+        return str(error.cause)
+    return "accepted"
+
+
+async def validated_updates(lab: Lab) -> Evidence:
+    ledger = lab.file("paid")
+    handle = await lab.client.start_workflow(Budget.run, id=f"{lab.id}-budget", task_queue=lab.task_queue)
+    left = await handle.execute_update(Budget.spend, Expense(30, ledger))
+    before = await history_of(handle)
+    reasons = [await refused_update(handle, Expense(amount, ledger)) for amount in (71, 1000, 0, -5, 71)]
+    after = await history_of(handle)
+    rest = await handle.execute_update(Budget.spend, Expense(70, ledger))
+    await handle.signal(Budget.close)
+    left_over = await handle.result()
+    count = await count_events(handle)
+    return holds(
+        "an update's validator refuses bad input: the sender learns why, and the history gets no event",
+        left == 70 and rest == left_over == 0 and after == before
+        and all("cannot be spent, 70 is left" in one for one in reasons)
+        and notes(ledger) == ["30", "70"] and count["WORKFLOW_EXECUTION_UPDATE_COMPLETED"] == 2,
+        f"5 refused, such as: {reasons[0]!r}; events before and after them: {len(before)} and {len(after)}; "
+        f"2 accepted, ledger: {' '.join(notes(ledger))}, update events: "
+        f"{count['WORKFLOW_EXECUTION_UPDATE_ACCEPTED']} accepted, {count['WORKFLOW_EXECUTION_UPDATE_COMPLETED']} "
+        "completed",
+    )  # fmt: skip
+
+
+@workflow.defn
+class Desk:
+    """Ends when told to. What becomes of an update that is still being handled then?"""
+
+    def __init__(self) -> None:
+        self.ending = False
+
+    @workflow.run
+    async def run(self, courteous: bool) -> None:
+        await workflow.wait_condition(lambda: self.ending)
+        if courteous:
+            await workflow.wait_condition(workflow.all_handlers_finished)
+
+    @workflow.update
+    async def inquire(self, question: Question) -> str:
+        return await workflow.execute_activity(ask, question, start_to_close_timeout=timedelta(minutes=5))
+
+    @workflow.signal
+    def end(self) -> None:
+        self.ending = True
+
+
+async def end_during_update(lab: Lab, courteous: bool) -> tuple[str, list[str]]:
+    """End the workflow while it handles an update. Returns (what the sender got, what the worker warned of)."""
+    id = f"{lab.id}-desk-{courteous}"
+    question = Question("dora", lab.file(f"asked-{courteous}"), lab.file(f"answers-{courteous}"))
+    with overheard("py.warnings", f'"id": "{id}"') as told:
+        handle = await lab.client.start_workflow(Desk.run, courteous, id=id, task_queue=lab.task_queue)
+        update = await handle.start_update(Desk.inquire, question, id=id, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
+        await until(lambda: notes(question.asked), "the update is being handled")
+        await handle.signal(Desk.end)
+        await until(lambda: has_heard(handle), "the workflow has heard that it is to end")
+        note(question.answers, "dora")
+        try:
+            answer = str(await update.result())
+        except WorkflowUpdateFailedError as error:
+            cause = error.cause
+            answer = f"error {cause.type if isinstance(cause, ApplicationError) else cause}"
+        await handle.result()
+    return answer, told
+
+
+async def has_heard(handle: Handle) -> bool:
+    """A workflow task was completed after the signal came."""
+    events = [one["eventType"] for one in await history_of(handle)]
+    return "EVENT_TYPE_WORKFLOW_TASK_COMPLETED" in events[events.index("EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED") :]
+
+
+async def unfinished_handlers(lab: Lab) -> Evidence:
+    (hasty, warned), (polite, silent) = await asyncio.gather(
+        end_during_update(lab, courteous=False), end_during_update(lab, courteous=True)
+    )
+    return holds(
+        "ending with an unfinished handler is noticed by worker and sender; all_handlers_finished waits for it",
+        hasty == "error AcceptedUpdateCompletedWorkflow" and warned != [] and "TMPRL1102" in warned[0]
+        and polite == "dora" and silent == [],
+        f"ended at once: the sender got {hasty}, the worker warned "
+        f"{(warned or ['of nothing'])[0].split(': ', 1)[-1].split('.')[0]!r}; "
+        f"ended after all_handlers_finished: the sender got the answer {polite!r}, warnings: {len(silent)}",
+    )  # fmt: skip
+
+
+@activity.defn
+async def think(ledger: str) -> None:
+    note(ledger, "begin")
+    await asyncio.sleep(0.02)
+    note(ledger, "end")
+
+
+@workflow.defn
+class Tally:
+    """Each update reads a number, thinks, and writes back one more. Handlers take turns at every await."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.handled = 0
+        self.lock = asyncio.Lock()
+
+    @workflow.run
+    async def run(self, updates: int) -> int:
+        await workflow.wait_condition(lambda: self.handled == updates and workflow.all_handlers_finished())
+        return self.number
+
+    @workflow.update
+    async def add_locked(self, ledger: str) -> None:
+        async with self.lock:
+            await self.add(ledger)
+
+    @workflow.update
+    async def add_unlocked(self, ledger: str) -> None:
+        await self.add(ledger)
+
+    async def add(self, ledger: str) -> None:
+        number = self.number
+        await workflow.execute_activity(think, ledger, start_to_close_timeout=PATIENT)
+        self.number = number + 1
+        self.handled += 1
+
+
+UPDATES = 10
+
+
+async def tally(lab: Lab, name: str, update: Any) -> tuple[int, list[str]]:
+    """Send the updates all at once. Returns (the number in the end, the ledger of the activities)."""
+    ledger = lab.file(name)
+    handle = await lab.client.start_workflow(Tally.run, UPDATES, id=f"{lab.id}-{name}", task_queue=lab.task_queue)
+    await asyncio.gather(*(handle.execute_update(update, ledger) for _ in range(UPDATES)))
+    return await handle.result(), notes(ledger)
+
+
+async def locked_handlers(lab: Lab) -> tuple[Evidence, ...]:
+    (number, turns), (without, mixed) = await asyncio.gather(
+        tally(lab, "locked", Tally.add_locked), tally(lab, "unlocked", Tally.add_unlocked)
+    )
+    one_by_one = ["begin", "end"] * UPDATES
+    locked = holds(
+        "async handlers under one asyncio.Lock take turns, and no change is lost",
+        number == UPDATES and turns == one_by_one,
+        f"{UPDATES} concurrent updates add 1 each: {number}; their activities (ledger) never overlap: "
+        f"{turns == one_by_one}",
+    )
+    return locked, control(
+        "the same handlers without the lock overlap and lose changes",
+        without < UPDATES and mixed != one_by_one and sorted(mixed) == sorted(one_by_one),
+        f"{UPDATES} concurrent updates add 1 each: {without}; begun before the first ended: {mixed.index('end')}",
+    )
+
+
+@SG.item("SG-02", "Waiting and awaitables")
+async def waiting(lab: Lab) -> AsyncIterator[Evidence]:
+    """Workflows wait for signals, timeouts, activities and each other's handlers."""
+    async with lab.worker([Approval, Quotes, Budget, Desk, Tally], [ask, pay, think]):
+        single = (waits_for_signal, wait_on_many, validated_updates, unfinished_handlers)
+        paired = (never_set, locked_handlers)
+        async for evidence in side_by_side(*(part(lab) for part in (*single, *paired))):
+            yield evidence
+    yield native(
+        "conditions, timeouts, waiting on many, updates and their validators belong to the SDK",
+        workflow.wait_condition,
+        (workflow.wait_condition, "timeout"),
+        workflow.wait,
+        workflow.update,
+        workflow.all_handlers_finished,
+        WorkflowHandle.execute_update,
+    )
+
+
+# SG-03 Event triggers --------------------------------------------------------------------------------
+# Whatever can make a call can start a workflow. The workflow id decides whether an event that comes twice
+# makes one run or two.
+
+
+@dataclass
+class Order:
+    ledger: str
+    event: str = ""
+    awaits: int = 0  # so many events more are awaited before the workflow goes on
+
+
+@dataclass
+class Seen:
+    ledger: str
+    events: list[str]
+
+
+@activity.defn
+async def record(seen: Seen) -> None:
+    for event in seen.events:
+        note(seen.ledger, f"{activity.info().workflow_run_id} {event}")
+
+
+@workflow.defn
+class OnEvent:
+    """Reports the events it was started with, or was sent, to a ledger outside Temporal."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    @workflow.run
+    async def run(self, order: Order) -> None:
+        self.events += [order.event] if order.event else []
+        await workflow.wait_condition(lambda: len(self.events) >= order.awaits)
+        await workflow.execute_activity(record, Seen(order.ledger, self.events), start_to_close_timeout=PATIENT)
+
+    @workflow.signal
+    def add(self, event: str) -> None:
+        self.events.append(event)
+
+    @workflow.update
+    def put(self, event: str) -> int:
+        self.events.append(event)
+        return len(self.events)
+
+    @put.validator
+    def check(self, event: str) -> None:
+        if not event:
+            raise ApplicationError("an event must have a name")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A line of the ledger: which run saw which event."""
+
+    run_id: str
+    event: str
+
+
+def reports(ledger: str) -> list[Report]:
+    return [Report(*line.split(" ", 1)) for line in notes(ledger)]
+
+
+async def by_api(lab: Lab) -> list[Report]:
+    ledger, id = lab.file("api"), f"{lab.id}-api"
+    await lab.client.execute_workflow(OnEvent.run, Order(ledger, "api call"), id=id, task_queue=lab.task_queue)
+    return reports(ledger)
+
+
+async def by_http(lab: Lab) -> tuple[str, list[Report]]:
+    """The server's own HTTP API. Returns (the run id that it answered with, the reports)."""
+    port, ledger, id = free_port(), lab.file("http"), f"{lab.id}-http"
+    start = {
+        "workflowType": {"name": "OnEvent"},
+        "taskQueue": {"name": lab.task_queue},
+        "input": [{"ledger": ledger, "event": "http post"}],
+    }
+    async with (
+        lab.private_server(arguments=["--http-port", str(port)]) as server,
+        lab.worker([OnEvent], [record], server=server),
+    ):
+        url = f"http://127.0.0.1:{port}/api/v1/namespaces/default/workflows/{id}"
+        answer = await asyncio.to_thread(post, url, start)
+        await server.client.get_workflow_handle(id).result()
+    return answer["runId"], reports(ledger)
+
+
+def post(url: str, body: object) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=20) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+async def by_calls(lab: Lab) -> Evidence:
+    api, (answered, http) = await asyncio.gather(by_api(lab), by_http(lab))
+    return works(
+        "a workflow is started by a client's call and by an HTTP POST to the server",
+        [one.event for one in api] == ["api call"] and http == [Report(answered, "http post")],
+        f"runs in the ledger: {len(api)} by {', '.join(one.event for one in api)}, {len(http)} by "
+        f"{', '.join(one.event for one in http)} (no SDK on the caller's side)",
+    )
+
+
+async def by_schedule(lab: Lab) -> list[tuple[datetime, datetime]]:
+    """A schedule of every second, for two runs. Returns (when it was due, when it started) of each."""
+    ledger, id = lab.file("schedule"), f"{lab.id}-schedule"
+    schedule = await lab.client.create_schedule(
+        id,
+        Schedule(
+            action=ScheduleActionStartWorkflow(
+                OnEvent.run, Order(ledger, "schedule"), id=id, task_queue=lab.task_queue
+            ),
+            spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=timedelta(seconds=1))]),
+            state=ScheduleState(limited_actions=True, remaining_actions=2),
+        ),
+    )  # fmt: skip
+    try:
+        await until(lambda: len(reports(ledger)) >= 2, "the schedule has made two runs", 40)
+        await until(lambda: actions_of(schedule, 2), "the schedule tells of both", 20)
+        actions = await actions_of(schedule, 2)
+    finally:
+        await schedule.delete()
+    ran = {one.run_id for one in reports(ledger)}
+    return [
+        (one.scheduled_at, one.started_at)
+        for one in actions
+        if isinstance(one.action, ScheduleActionExecutionStartWorkflow) and one.action.first_execution_run_id in ran
+    ]
+
+
+async def actions_of(schedule: ScheduleHandle, count: int) -> Sequence[ScheduleActionResult]:
+    """What a schedule says it has started, once there are so many."""
+    actions = (await schedule.describe()).info.recent_actions
+    return actions if len(actions) >= count else ()
+
+
+async def by_cron(lab: Lab) -> list[tuple[str, str, float, float]]:
+    """The first two runs by a cron schedule: (run id, the run before, seconds to wait by the server, waited)."""
+    ledger, id = lab.file("cron"), f"{lab.id}-cron"
+    await lab.client.start_workflow(
+        OnEvent.run, Order(ledger, "cron"), id=id, task_queue=lab.task_queue, cron_schedule="@every 1s"
+    )
+    try:
+        await until(lambda: len({one.run_id for one in reports(ledger)}) >= 2, "cron has made two runs", 40)
+    finally:
+        await lab.client.get_workflow_handle(id).terminate("seen enough")
+    runs = list(dict.fromkeys(one.run_id for one in reports(ledger)))[:2]
+    return [await wait_of(lab.client.get_workflow_handle(id, run_id=run_id)) for run_id in runs]
+
+
+async def wait_of(handle: Handle) -> tuple[str, str, float, float]:
+    history = (await handle.fetch_history()).events
+    begun = history[0].workflow_execution_started_event_attributes
+    task = next(one for one in history if one.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_SCHEDULED)
+    waited = task.event_time.ToDatetime() - history[0].event_time.ToDatetime()
+    backoff = begun.first_workflow_task_backoff.ToTimedelta()
+    return str(handle.run_id), begun.continued_execution_run_id, backoff.total_seconds(), waited.total_seconds()
+
+
+async def by_clock(lab: Lab) -> Evidence:
+    scheduled, cron = await asyncio.gather(by_schedule(lab), by_cron(lab))
+    due = [at for at, _ in scheduled]
+    punctual = all(at <= begun and at.microsecond == 0 for at, begun in scheduled)
+    delays = ", ".join(f"{(begun - at).total_seconds():.2f} s" for at, begun in scheduled)
+    chained = len(cron) == 2 and cron[0][1] == "" and cron[1][1] == cron[0][0]
+    waited = all(0 < asked <= 1 and asked <= got for _, _, asked, got in cron)
+    return works(
+        "a schedule and a cron expression each start a workflow again and again, and never before it is due",
+        len(set(due)) == len(scheduled) == 2 and punctual and chained and waited,
+        f"schedule of every second: {len(scheduled)} runs, {delays} after they were due; cron '@every 1s': "
+        f"{len(cron)} runs, the second continued from the first: {chained}; waited "
+        + ", ".join(f"{got:.3f} s of {asked:.3f} s" for _, _, asked, got in cron),
+    )
+
+
+async def by_message(lab: Lab) -> Evidence:
+    """Message and start in one request: the workflow is there, or is started, and has the message either way."""
+    ledgers = {name: lab.file(name) for name in ("signalled", "updated")}
+    await lab.client.execute_workflow(
+        OnEvent.run,
+        Order(ledgers["signalled"], awaits=1),
+        id=f"{lab.id}-signalled",
+        task_queue=lab.task_queue,
+        start_signal="add",
+        start_signal_args=["first signal"],
+    )
+    answer = await lab.client.execute_update_with_start_workflow(
+        OnEvent.put, "first update", start_workflow_operation=start_if_missing(lab, "updated", ledgers["updated"])
+    )
+    await lab.client.get_workflow_handle(f"{lab.id}-updated").result()
+    signal_seen, update_seen = reports(ledgers["signalled"]), reports(ledgers["updated"])
+    return works(
+        "a workflow is started by the first signal, and by the first update, that is sent to it",
+        [one.event for one in signal_seen] == ["first signal"] and answer == 1
+        and [one.event for one in update_seen] == ["first update"] and signal_seen[0].run_id != update_seen[0].run_id,
+        f"ledger: {', '.join(one.event for one in signal_seen + update_seen)}, each in a run of its own; "
+        f"the update's answer: {answer}",
+    )  # fmt: skip
+
+
+def start_if_missing(lab: Lab, name: str, ledger: str) -> WithStartWorkflowOperation[OnEvent, None]:
+    return WithStartWorkflowOperation(
+        OnEvent.run,
+        Order(ledger, awaits=1),
+        id=f"{lab.id}-{name}",
+        task_queue=lab.task_queue,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+    )
+
+
+SENDERS = 20
+
+
+async def concurrent_signal_with_start(lab: Lab) -> Evidence:
+    ledger, id = lab.file("race"), f"{lab.id}-race"
+    handles = await asyncio.gather(
+        *(
+            lab.client.start_workflow(
+                OnEvent.run,
+                Order(ledger, awaits=SENDERS),
+                id=id,
+                task_queue=lab.task_queue,
+                start_signal="add",
+                start_signal_args=[f"signal {number}"],
+            )
+            for number in range(SENDERS)
+        )
+    )
+    await asyncio.wait_for(handles[0].result(), 30)
+    seen, events = reports(ledger), (await count_events(handles[0]))["WORKFLOW_EXECUTION_SIGNALED"]
+    runs = {one.run_id for one in seen} | {str(handle.result_run_id) for handle in handles if handle.result_run_id}
+    return holds(
+        f"{SENDERS} concurrent signal-with-starts of one id make one run that has all {SENDERS} signals",
+        len(runs) == 1 and sorted(one.event for one in seen) == sorted(f"signal {n}" for n in range(SENDERS))
+        and events == SENDERS,
+        f"{SENDERS} calls succeeded; runs: {len(runs)}; signals in the ledger: {len(seen)}, different ones: "
+        f"{len(set(seen))}; signal events in its history: {events}",
+    )  # fmt: skip
+
+
+async def signal_nobody(lab: Lab) -> Evidence:
+    handle = lab.client.get_workflow_handle(f"{lab.id}-nobody")
+    try:
+        await handle.signal(OnEvent.add, "lost")
+        answer = None
+    except RPCError as error:
+        answer = error.status
+    return control(
+        "a plain signal to a workflow that does not exist is refused and starts none",
+        answer == RPCStatusCode.NOT_FOUND and await refusal(handle) == RPCStatusCode.NOT_FOUND,
+        f"the signal: {name_of(answer)}; describing the workflow: {name_of(await refusal(handle))}",
+    )
+
+
+async def refused_update_with_start(lab: Lab) -> Evidence:
+    handle, reason = lab.client.get_workflow_handle(f"{lab.id}-refused"), "accepted"
+    try:
+        await lab.client.execute_update_with_start_workflow(
+            OnEvent.put, "", start_workflow_operation=start_if_missing(lab, "refused", lab.file("refused"))
+        )
+    except WorkflowUpdateFailedError as error:
+        reason = str(error.cause)
+    status = None if await refusal(handle) else await status_of(handle)
+    if status == WorkflowExecutionStatus.RUNNING:
+        await handle.terminate("nobody asked for it")
+    return limit(
+        "update-with-start: an update that its validator refuses leaves the workflow started",
+        reason == "an event must have a name" and status == WorkflowExecutionStatus.RUNNING,
+        f"the update: {reason!r}; the workflow then: {name_of(status) if status else 'not there'}",
+    )
+
+
+# A message broker hands a message out again until it is acknowledged. The consumer below is what a user of
+# Temporal writes: take, start a workflow under the message's own id, acknowledge. The broker is Redis where
+# one is installed; else a process that stands in for it and understands the five commands used here.
+
+
+def find_redis() -> str | None:
+    return shutil.which("redis-server")
+
+
+def serve_broker(port: int) -> None:
+    """Become the broker: listens on loopback, keeps its lists in memory."""
+    redis = find_redis()
+    if redis:
+        os.execv(redis, [redis, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+    asyncio.run(stand_in(port))
+
+
+async def stand_in(port: int) -> None:
+    lists: dict[str, list[str]] = defaultdict(list)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(obey(lists, line.decode().split()))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+def obey(lists: dict[str, list[str]], words: list[str]) -> bytes:
+    """One command, and the answer that Redis would give."""
+    match words:
+        case ["RPUSH", name, item]:
+            lists[name].append(item)
+            return f":{len(lists[name])}\r\n".encode()
+        case ["LLEN", name]:
+            return f":{len(lists[name])}\r\n".encode()
+        case ["LINDEX", name, "0"]:
+            return bulk(lists[name][0] if lists[name] else None)
+        case ["LMOVE", source, target, "LEFT", "RIGHT"] if lists[source]:
+            lists[target].append(lists[source].pop(0))
+            return bulk(lists[target][-1])
+        case ["LMOVE", *_]:
+            return bulk(None)
+        case ["LREM", name, "1", item] if item in lists[name]:
+            lists[name].remove(item)
+            return b":1\r\n"
+        case ["LREM", *_]:
+            return b":0\r\n"
+    return b"-ERR unknown command\r\n"
+
+
+def bulk(item: str | None) -> bytes:
+    return b"$-1\r\n" if item is None else f"${len(item)}\r\n{item}\r\n".encode()
+
+
+class Broker:
+    """A connection to the broker."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def __call__(self, *words: str) -> str:
+        """Send a command. Returns the answer's text, empty when there is none."""
+        self.streams = self.streams or await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self.streams
+        writer.write((" ".join(words) + "\r\n").encode())
+        head = (await reader.readline()).decode().strip()
+        if head.startswith("$"):
+            size = int(head[1:])
+            return (await reader.readexactly(size + 2)).decode().strip() if size >= 0 else ""
+        if not head.startswith(":"):
+            raise RuntimeError(f"the broker said {head!r} to {words[0]}")
+        return head[1:]
+
+    async def answers(self) -> bool:
+        try:
+            return await self("LLEN", "orders") != ""
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        if self.streams:
+            self.streams[1].close()
+
+
+@dataclass
+class Subscription:
+    """What a consumer process is told. It dies once, after it has started the workflow of one message."""
+
+    target: Target
+    port: int
+    topic: str
+    task_queue: str
+    ledger: str
+    deliveries: str
+    reuse: WorkflowIDReusePolicy
+    dies_after: str
+
+
+async def consume(given: Subscription) -> None:
+    """The consumer: one workflow a message, however often the broker hands the message out."""
+    client, broker = await connect(given.target), Broker(given.port)
+    taken = f"{given.topic}-taken"
+    while True:
+        # First what an earlier consumer took and did not acknowledge.
+        message = await broker("LINDEX", taken, "0")
+        message = message or await broker("LMOVE", given.topic, taken, "LEFT", "RIGHT")
+        if not message:
+            await asyncio.sleep(0.02)
+            continue
+        note(given.deliveries, message)
+        with contextlib.suppress(WorkflowAlreadyStartedError):  # by an earlier delivery of the same message
+            await client.start_workflow(
+                OnEvent.run,
+                Order(given.ledger, message),
+                id=f"{given.topic}-{message}",
+                task_queue=given.task_queue,
+                # The first run may be over by now, which alone would allow a second one.
+                id_reuse_policy=given.reuse,
+            )
+        if message == given.dies_after and notes(given.deliveries).count(message) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        await broker("LREM", taken, "1", message)
+
+
+MESSAGES = [f"order-{number}" for number in range(1, 6)]
+DOUBLE = "order-3"
+
+
+@dataclass
+class Consumption:
+    idle: tuple[int, int]  # (messages in the broker, runs) while there was no consumer
+    deliveries: list[str]
+    seen: list[Report]
+    left: int  # messages in the broker in the end
+
+
+async def consumption(lab: Lab, port: int, reuse: WorkflowIDReusePolicy) -> Consumption:
+    """Five messages, of which one is handed out twice, because its consumer dies before it acknowledges."""
+    topic = f"{lab.id}-{reuse.name}"
+    given = Subscription(
+        lab.target, port, topic, lab.task_queue, lab.file(topic), lab.file(f"{topic}-deliveries"), reuse, DOUBLE
+    )
+    broker = Broker(port)
+    await until(broker.answers, "the broker answers")
+    for message in MESSAGES:
+        await broker("RPUSH", topic, message)
+    await asyncio.sleep(1)  # the time in which nothing is to happen by itself
+    idle = int(await broker("LLEN", topic)), len(reports(given.ledger))
+    async with lab.process(consume, given) as consumer:
+        await consumer.wait()
+    await until(lambda: [one for one in reports(given.ledger) if one.event == DOUBLE], "the doubtful message ran")
+    await lab.client.get_workflow_handle(f"{topic}-{DOUBLE}").result()
+    async with lab.process(consume, given):
+        await until(lambda: drained(broker, topic), "every message is acknowledged")
+    left = int(await broker("LLEN", topic)) + int(await broker("LLEN", f"{topic}-taken"))
+    broker.close()
+    # What was started has reported before it is over: afterwards the ledger is complete.
+    await asyncio.gather(*(lab.client.get_workflow_handle(f"{topic}-{one}").result() for one in MESSAGES))
+    return Consumption(idle, notes(given.deliveries), reports(given.ledger), left)
+
+
+async def drained(broker: Broker, topic: str) -> bool:
+    return await broker("LLEN", topic) == await broker("LLEN", f"{topic}-taken") == "0"
+
+
+def broker_name() -> str:
+    redis = find_redis()
+    if not redis:
+        return "a local queue in its own process (no redis-server installed)"
+    version = subprocess.run([redis, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+    return f"Redis {version.split('v=')[-1].split()[0]}"
+
+
+async def message_broker(lab: Lab) -> tuple[Evidence, ...]:
+    port = free_port()
+    async with lab.process(serve_broker, port):
+        once, again = await asyncio.gather(
+            consumption(lab, port, WorkflowIDReusePolicy.REJECT_DUPLICATE),
+            consumption(lab, port, WorkflowIDReusePolicy.ALLOW_DUPLICATE),
+        )
+    twice = Counter(MESSAGES) + Counter([DOUBLE])
+    runs = Counter(one.event for one in once.seen)
+    consumer = len([line for line in inspect.getsource(consume).splitlines() if line.strip()])
+    named = [name for name in dir(Client) if any(part in name for part in ("consume", "subscribe", "kafka", "queue"))]
+    return (
+        holds(
+            "messages of a broker start workflows; one that is delivered again makes no second run",
+            Counter(once.deliveries) == twice and runs == Counter(MESSAGES) and len(set(once.seen)) == 5
+            and once.left == 0,
+            f"{await asyncio.to_thread(broker_name)}; SIGKILL between start and acknowledgement of {DOUBLE}: "
+            f"{len(once.deliveries)} deliveries, {len(once.seen)} runs (id from the message, REJECT_DUPLICATE); "
+            f"left in the broker: {once.left}",
+        ),
+        control(
+            "the same redelivery without REJECT_DUPLICATE makes a second run when the first one is over",
+            Counter(again.deliveries) == twice and Counter(one.event for one in again.seen) == twice
+            and len({one.run_id for one in again.seen}) == 6,
+            f"{len(again.deliveries)} deliveries, {len(again.seen)} runs",
+        ),
+        limit(
+            "a message broker starts nothing by itself: the consumer is the user's to write and to run",
+            once.idle == again.idle == (5, 0) and not named,
+            f"1 s with server and workers but no consumer: {once.idle[0]} messages wait, {once.idle[1]} runs; "
+            f"the consumer here has {consumer} lines; methods of the client that take messages from a broker: "
+            f"{', '.join(named) or 'none'}",
+        ),
+    )  # fmt: skip
+
+
+@SG.item("SG-03", "Event triggers")
+async def event_triggers(lab: Lab) -> AsyncIterator[Evidence]:
+    """Workflows are started in seven ways; each run reports to a ledger by which event it was started."""
+    async with lab.worker([OnEvent], [record]):
+        brokered = asyncio.create_task(message_broker(lab))
+        parts = (
+            signal_nobody, by_message, refused_update_with_start, concurrent_signal_with_start, by_calls, by_clock
+        )  # fmt: skip
+        try:
+            async for evidence in side_by_side(*(part(lab) for part in parts)):
+                yield evidence
+            for evidence in await brokered:
+                yield evidence
+        finally:
+            brokered.cancel()
+    yield native(
+        "starting by call, clock, signal and update is built in (a broker's messages are not, see the limit)",
+        Client.start_workflow,
+        (Client.start_workflow, "start_signal"),
+        (Client.start_workflow, "cron_schedule"),
+        Client.create_schedule,
+        Client.execute_update_with_start_workflow,
+        WithStartWorkflowOperation,
+    )
+
+
+# SG-04 Query -----------------------------------------------------------------------------------------
+# A query reads the variables of a workflow, running or ended, and leaves no trace in its history. A worker
+# must be there to answer it.
+
+
+@dataclass
+class Stage:
+    name: str
+    ledger: str
+
+
+@activity.defn
+async def enter(stage: Stage) -> str:
+    note(stage.ledger, stage.name)
+    return stage.name
+
+
+@workflow.defn
+class Journey:
+    """Goes through stages as it is told to, and counts, wrongly, how often it was peeked at."""
+
+    def __init__(self) -> None:
+        self.wanted: list[str] = []
+        self.entered: list[str] = []
+        self.peeked = 0
+
+    @workflow.run
+    async def run(self, ledger: str) -> list[str]:
+        self.watch = asyncio.create_task(self.watch_the_sky())
+        while "home" not in self.entered:
+            await workflow.wait_condition(lambda: len(self.wanted) > len(self.entered))
+            stage = Stage(self.wanted[len(self.entered)], ledger)
+            self.entered.append(await workflow.execute_activity(enter, stage, start_to_close_timeout=PATIENT))
+        return self.entered
+
+    async def watch_the_sky(self) -> None:
+        await workflow.wait_condition(lambda: "meteor" in self.wanted)
+
+    @workflow.signal
+    def go(self, stage: str) -> None:
+        self.wanted.append(stage)
+
+    @workflow.query
+    def stages(self) -> list[str]:
+        return self.entered
+
+    @workflow.query
+    def told(self) -> int:
+        return len(self.wanted)
+
+    @workflow.query
+    def peek(self) -> int:
+        """What a query handler must not do: change the workflow."""
+        self.peeked += 1
+        return self.peeked
+
+    @workflow.query
+    def act(self) -> None:
+        """What a query handler cannot do: act."""
+        workflow.start_activity(enter, Stage("by query", ""), start_to_close_timeout=PATIENT)
+
+
+async def travel(lab: Lab, name: str, *stages: str) -> tuple[Handle, str]:
+    """Start a Journey and send it through the stages. Returns its handle and its ledger."""
+    ledger = lab.file(name)
+    handle = await lab.client.start_workflow(
+        Journey.run, ledger, id=f"{lab.id}-{name}", task_queue=f"{lab.id}-{name}", task_timeout=SOON
+    )
+    for stage in stages:
+        await handle.signal(Journey.go, stage)
+    return handle, ledger
+
+
+def guide(lab: Lab, handle: Handle) -> Any:
+    """A worker for the one journey."""
+    return lab.worker([Journey], [enter], task_queue=handle.id)
+
+
+async def arrived(handle: Handle, ledger: str, stages: int) -> bool:
+    """So many stages are entered, by the ledger and by the history, and the workflow waits again."""
+    count = await count_events(handle)
+    ended = sum(count[f"WORKFLOW_TASK_{how}"] for how in ("COMPLETED", "TIMED_OUT", "FAILED"))
+    idle = ended == count["WORKFLOW_TASK_SCHEDULED"]
+    return len(notes(ledger)) >= stages <= count["ACTIVITY_TASK_COMPLETED"] and idle
+
+
+async def read_while_running(lab: Lab) -> tuple[Evidence, ...]:
+    handle, ledger = await travel(lab, "running", "forest")
+    answers: list[list[str]] = []
+    ledgers: list[list[str]] = []
+    async with guide(lab, handle):
+        for stage in ("river", "hill"):
+            await until(lambda: arrived(handle, ledger, len(ledgers) + 1), "the stage is entered")
+            answers.append(await handle.query(Journey.stages))
+            ledgers.append(notes(ledger))
+            await handle.signal(Journey.go, stage)
+        await until(lambda: arrived(handle, ledger, 3), "the third stage is entered")
+        before = await history_of(handle)
+        answers.append(await handle.query(Journey.stages))
+        ledgers.append(notes(ledger))
+        stack = str(await handle.query("__stack_trace"))
+        status, after = await status_of(handle), await history_of(handle)
+        by_cli = await lab.cli("workflow", "stack", "--workflow-id", handle.id)
+        await handle.terminate()
+    state = works(
+        "a query reads a running workflow's variables as they are, and writes nothing into its history",
+        answers == ledgers == [["forest"], ["forest", "river"], ["forest", "river", "hill"]]
+        and status == WorkflowExecutionStatus.RUNNING and before == after,
+        f"answers as it went on: {'; '.join(' '.join(one) for one in answers)} (the ledger says the same: "
+        f"{answers == ledgers}); status {name_of(status)}; events before and after: {len(before)}, {len(after)}",
+    )  # fmt: skip
+    own, main = (waiting_line(method) for method in (Journey.watch_the_sky, Journey.run))
+    trace = works(
+        "the stack-trace query, which every workflow answers, shows the line at which a task of its own waits",
+        own in stack and "in watch_the_sky" in stack and "watch_the_sky" in by_cli.out,
+        f"for a task made by asyncio.create_task: {own if own in stack else 'no line'!r}; "
+        f"the temporal command line shows it too: {'watch_the_sky' in by_cli.out}",
+    )
+    return (
+        state,
+        trace,
+        limit(
+            "the stack trace does not show where the run method itself waits: it ends at the SDK's frame above it",
+            "name='run (workflow: Journey" in stack and main not in stack and "in run\n    await" not in stack,
+            f"run waits at {main!r}; shown for it: {shown_for(stack, 'run (workflow')}",
+        ),
+    )
+
+
+def waiting_line(method: Callable[..., Any]) -> str:
+    """The line of the method's source at which it waits for a condition."""
+    return next(line.strip() for line in inspect.getsource(method).splitlines() if "wait_condition" in line)
+
+
+def shown_for(stack: str, task: str) -> str:
+    """The frames that a stack trace shows for one task."""
+    lines = stack.split(f"name='{task}", 1)[-1].split("Stack for")[0].splitlines()[1:]
+    return "; ".join(line.split(", in ")[-1].strip() for line in lines if line.strip()) or "nothing"
+
+
+async def reads_what_was_sent(lab: Lab) -> Evidence:
+    handle, _ = await travel(lab, "fresh")
+    answers = []
+    async with guide(lab, handle):
+        for number in range(20):
+            await handle.signal(Journey.go, f"stage {number}")
+            answers.append(await handle.query(Journey.told))
+        await handle.terminate()
+    return holds(
+        "a query sees every signal that was acknowledged before it was sent",
+        answers == list(range(1, 21)),
+        f"20 times a signal, then at once a query for how many there were: {listed(answers)}",
+    )
+
+
+async def closed_workflows(lab: Lab) -> tuple[Evidence, ...]:
+    """One journey has come home, another was terminated. A worker that never saw them answers."""
+    home, ledger = await travel(lab, "closed", "forest", "home")
+    lost, lost_ledger = await travel(lab, "lost", "forest")
+    async with lab.worker_process([Journey], [enter], task_queue=home.id) as first:
+        await home.result()
+    async with guide(lab, lost):
+        await until(lambda: arrived(lost, lost_ledger, 1), "the stage is entered")
+        running = await answered(lost, QueryRejectCondition.NOT_OPEN)
+        await lost.terminate()
+    async with guide(lab, home), guide(lab, lost):
+        answer = await home.query(Journey.stages)
+        conditions = {
+            "completed, NOT_OPEN": await answered(home, QueryRejectCondition.NOT_OPEN),
+            "completed, NOT_COMPLETED_CLEANLY": await answered(home, QueryRejectCondition.NOT_COMPLETED_CLEANLY),
+            "terminated, NOT_COMPLETED_CLEANLY": await answered(lost, QueryRejectCondition.NOT_COMPLETED_CLEANLY),
+            "terminated, no condition": await answered(lost, None),
+            "running, NOT_OPEN": running,
+        }
+    expected = ["rejected: COMPLETED", "forest home", "rejected: TERMINATED", "forest", "forest"]
+    closed = holds(
+        "after its completion a workflow answers queries as before, also by a worker that never ran it",
+        answer == notes(ledger) == ["forest", "home"] and await status_of(home) == WorkflowExecutionStatus.COMPLETED,
+        f"status COMPLETED, worker process {first.pid} that ran it is gone; another one answers: {' '.join(answer)}",
+    )
+    return closed, holds(
+        "a reject condition refuses the query where the workflow is not open, or did not end well",
+        list(conditions.values()) == expected,
+        "; ".join(f"{name}: {answer}" for name, answer in conditions.items()),
+    )
+
+
+async def answered(handle: Handle, condition: QueryRejectCondition | None) -> str:
+    try:
+        return " ".join(await handle.query(Journey.stages, reject_condition=condition))
+    except WorkflowQueryRejectedError as error:
+        return f"rejected: {name_of(error.status)}"
+
+
+async def failing_query(handle: Handle, name: str) -> str:
+    """The message with which a query fails, or "answered"."""
+    try:
+        await handle.query(name)
+    except WorkflowQueryFailedError as error:
+        return error.message
+    return "answered"
+
+
+async def refused_queries(lab: Lab) -> tuple[Evidence, ...]:
+    handle, ledger = await travel(lab, "refused", "forest")
+    async with guide(lab, handle):
+        await until(lambda: arrived(handle, ledger, 1), "the stage is entered")
+        before = await history_of(handle)
+        unknown, acting = await failing_query(handle, "stage"), await failing_query(handle, "act")
+        after, answer = await history_of(handle), await handle.query(Journey.stages)
+        await handle.terminate()
+    known = ("stages", "told", "peek", "act", "__stack_trace")
+    named = holds(
+        "an unknown query fails and names the known ones",
+        "'stage'" in unknown and all(name in unknown.split("known queries:")[-1].split("]")[0] for name in known),
+        f"query 'stage': {unknown}",
+    )
+    return named, holds(
+        "a query handler that starts an activity is refused, nothing is run, and the workflow goes on",
+        "read-only" in acting.lower() and before == after and notes(ledger) == answer == ["forest"],
+        f"{acting}; events before and after: {len(before)}, {len(after)}; activities run: {' '.join(notes(ledger))}",
+    )
+
+
+async def without_worker(lab: Lab) -> Evidence:
+    handle, ledger = await travel(lab, "deserted", "forest")
+    async with guide(lab, handle):
+        await until(lambda: arrived(handle, ledger, 1), "the stage is entered")
+    begun = time.monotonic()
+    try:
+        alone = str(await handle.query(Journey.stages, rpc_timeout=timedelta(seconds=1.5)))
+    except RPCError as error:
+        alone = error.status.name
+    seconds = time.monotonic() - begun
+    async with guide(lab, handle):
+        answer = await handle.query(Journey.stages)
+        await handle.terminate()
+    return control(
+        "without a worker nobody answers: the query times out, it does not hang",
+        alone in ("DEADLINE_EXCEEDED", "CANCELLED") and 1.4 <= seconds < 15 and answer == ["forest"],
+        f"{alone} after {seconds:.1f} s (rpc_timeout 1.5 s); with a worker again: {' '.join(answer)}",
+    )
+
+
+async def changing_query(lab: Lab) -> Evidence:
+    handle, ledger = await travel(lab, "changed", "forest")
+    peeks = []
+    for _ in range(2):
+        async with guide(lab, handle):
+            await until(lambda: arrived(handle, ledger, 1), "the stage is entered")
+            peeks.append([await handle.query(Journey.peek) for _ in range(4)])
+    await handle.terminate()
+    return limit(
+        "a query handler that changes the workflow's variables is not stopped, and the change is in no history",
+        max(peeks[0]) > 1 and peeks[1][0] == 1,
+        f"a counter raised by a query: {' '.join(map(str, peeks[0]))}; after the worker was replaced: "
+        f"{' '.join(map(str, peeks[1]))}",
+    )
+
+
+@SG.item("SG-04", "Query")
+async def query(lab: Lab) -> AsyncIterator[Evidence]:
+    """Journeys are asked where they are: under way, ended, deserted; a ledger knows where they have been."""
+    single = (without_worker, reads_what_was_sent, changing_query)
+    several = (read_while_running, closed_workflows, refused_queries)
+    async for evidence in side_by_side(*(part(lab) for part in (*single, *several))):
+        yield evidence
+    yield native(
+        "a query is a method of the workflow, and the SDK adds the stack trace",
+        workflow.query,
+        WorkflowHandle.query,
+        (WorkflowHandle.query, "reject_condition"),
+        "temporal workflow stack",
+    )
+
+
+if __name__ == "__main__":
+    run(SG)
