@@ -294,7 +294,7 @@ async def server_without_file(lab: Lab) -> Evidence:
     )
 
 
-@EX.item("EX-01", "Progress guarantee", fail_closed=True)
+@EX.item("EX-01", "Progress guarantee", fail_closed=True, seconds=150)
 async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
     """Workers and servers are killed between and inside steps; a ledger outside Temporal counts the steps."""
     parts = (kill_between_steps, kill_inside_step, plain_program, kill_server, server_without_file, chaos)
