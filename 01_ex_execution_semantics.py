@@ -154,16 +154,16 @@ async def five_plain_steps(ledger: str) -> None:
 
 async def kill_between_steps(lab: Lab) -> Evidence:
     """Three steps are done and the workflow waits; its worker dies; another one goes on at step 4."""
-    ledger = lab.file("between")
+    ledger, queue = lab.file("between"), f"{lab.id}-between"
     handle = await lab.client.start_workflow(
-        FiveSteps.run, Plan(ledger, released=3), id=f"{lab.id}-between", task_queue=f"{lab.id}-between"
+        FiveSteps.run, Plan(ledger, released=3), id=queue, task_queue=queue, task_timeout=SOON
     )
-    async with lab.worker_process([FiveSteps], [take_step], task_queue=f"{lab.id}-between") as worker:
+    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue) as worker:
         await until(lambda: reached(handle, 3), "three steps are completed")
         await worker.kill()
     before = notes(ledger)
     killed = time.monotonic()
-    async with lab.worker_process([FiveSteps], [take_step], task_queue=f"{lab.id}-between"):
+    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue):
         await handle.signal(FiveSteps.release, 5)
         result = await handle.result()
     seconds = time.monotonic() - killed
@@ -756,7 +756,7 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
                 Counting.run, STEPS, id=f"{lab.id}-counting", task_queue=lab.task_queue
             )
             await handle.signal(Counting.label, "first")
-            await until(lambda: counted(handle), f"{STEPS} steps are counted", 60)
+            await until(lambda: counted(handle), f"{STEPS} steps are counted", every=0.25)
             before = await handle.query(Counting.state)
             history_before = await history_of(handle)
             await worker.kill()

@@ -778,10 +778,10 @@ def notes(path: str) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-async def until(condition: Callable[[], object], what: str, seconds: float = 60) -> float:
+async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
     """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
 
-    Raises TimeoutError, which says that `what` did not happen, after `seconds`.
+    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after `seconds`.
     """
     begun = time.monotonic()
     while True:
@@ -790,7 +790,7 @@ async def until(condition: Callable[[], object], what: str, seconds: float = 60)
             return time.monotonic() - begun
         if time.monotonic() > begun + seconds:
             raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(every)
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
