@@ -3,8 +3,11 @@
 from common import Evidence, control, holds, judge, limit, native, works
 
 import inspect
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 from temporalio import workflow
 from temporalio.client import Client
 from temporalio.common import RetryPolicy
@@ -116,3 +119,9 @@ def test_native_falls_with_what_the_user_had_to_build() -> None:
     built = native("with help", workflow.defn, adds=["a retry loop"])
     assert built.held is False
     assert "a retry loop" in built.measured
+
+
+def test_native_does_not_take_missing_docstrings_for_general_availability() -> None:
+    code = "from common import native; from temporalio import workflow; print(native('x', workflow.defn).held)"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
