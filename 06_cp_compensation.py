@@ -109,12 +109,19 @@ BUSY = ("concurrent batch", "Workflow is busy")
 
 async def by_cli(lab: Lab, *arguments: str, server: Server | None = None) -> None:
     """Run a `temporal` command, again while the server is busy. Raises when it fails."""
+    was_busy = False
 
     async def done() -> bool:
+        nonlocal was_busy
         command = await lab.cli(*arguments, server=server)
-        if command.code and not any(reason in command.err for reason in BUSY):
-            raise RuntimeError(f"temporal {' '.join(arguments)}: {command.err or command.out}")
-        return command.code == 0
+        if command.code == 0:
+            return True
+        if any(reason in command.err for reason in BUSY):
+            was_busy = True
+            return False
+        if was_busy:  # It said "later" and did it all the same, so that now nothing is left to be done.
+            return True
+        raise RuntimeError(f"temporal {' '.join(arguments)}: {command.err or command.out}")
 
     await until(done, f"the server accepted temporal {' '.join(arguments[:2])}")
 
@@ -1079,18 +1086,21 @@ async def reset_activity(lab: Lab) -> Evidence:
 async def new_options(lab: Lab) -> Evidence:
     stuck = await start_delivery(lab, "activity-options")
     wait = (await pending_activity(stuck.handle)).current_retry_interval.ToTimedelta()
-    Path(stuck.parcel.open_door).touch()
     begun = time.monotonic()
     await activity_cli(
         lab, "update-options", stuck, "--retry-initial-interval", "100ms", "--retry-maximum-interval", "100ms"
     )
+    await until(lambda: len(stuck.calls) >= 2, "the activity is tried again")
+    again = time.monotonic() - begun
+    Path(stuck.parcel.open_door).touch()
     result = await ended(stuck.handle)
+    attempts = [f"home, attempt {number}" for number in range(1, len(stuck.calls) + 1)]
     return holds(
         "new options take effect in an activity that already waits: a retry due in an hour comes at once",
-        stuck.calls == [FIRST_CALL, "home, attempt 2"] and result == "delivered at home"
+        stuck.calls == attempts and len(attempts) >= 2 and result == "delivered at home"
         and wait > timedelta(minutes=59),
-        f"retry interval {in_minutes(wait)}, changed to 100 ms; {'; '.join(stuck.calls)}; {result!r} "
-        f"{time.monotonic() - begun:.2f} s after the command began",
+        f"retry interval {in_minutes(wait)}, changed to 100 ms: tried again {again:.2f} s after the command began; "
+        f"{len(attempts)} attempts until somebody was at home, {result!r}",
     )  # fmt: skip
 
 
