@@ -132,14 +132,15 @@ class Call:
     error: str = "Unreachable"
     final: bool = False  # the error itself says that a retry is useless
     retry_after: float = 0  # seconds after which the error asks to be retried
-    kills_in: int = 0  # this attempt kills its own worker
+    kills_in: int = 0  # the first attempt to begin, from this one on, kills its own worker
 
 
 @activity.defn
 async def call_service(call: Call) -> str:
     attempt = activity.info().attempt
     note(call.ledger, f"{attempt} begun {time.monotonic()}")
-    if attempt == call.kills_in:
+    if 0 < call.kills_in <= attempt and not any("killed" in line for line in notes(call.ledger)):
+        note(call.ledger, f"{attempt} killed {time.monotonic()}")
         os.kill(os.getpid(), signal.SIGKILL)
     if attempt > call.failures:
         return "answered"
@@ -265,7 +266,10 @@ async def retry_after(lab: Lab) -> Evidence:
 
 
 async def count_survives_kill(lab: Lab) -> Evidence:
-    """Attempt 2 kills its worker. Attempts are counted by the server, so the next worker has two left."""
+    """Attempt 2 kills its worker. Attempts are counted by the server, so the next worker has two left.
+
+    On a slow machine an attempt may be given up before it begins, and then counts without having run.
+    """
     call, queue = Call(lab.file("killed"), failures=9, kills_in=2), f"{lab.id}-killed"
     handle = await lab.client.start_workflow(Retrying.run, args=[call, "four"], id=queue, task_queue=queue)
     async with lab.worker_process([Retrying], [call_service], task_queue=queue) as worker:
@@ -275,11 +279,12 @@ async def count_survives_kill(lab: Lab) -> Evidence:
         failed = await failure_of(handle)
     after = attempts(call.ledger)[len(before) :]
     return holds(
-        "worker killed inside attempt 2 of 4: the next worker goes on at 3 and stops after 4",
-        before == [1, 2] and after == [3, 4] and bool(failed) and kind_of(failed[-1]) == "Unreachable",
+        "worker killed inside a retry: the next worker goes on with the count, and stops after 4 attempts in all",
+        len(before) > 1 and len(after) > 0 and after[-1] == 4 and before + after == sorted({*before, *after})
+        and bool(failed) and kind_of(failed[-1]) == "Unreachable",
         f"attempts before SIGKILL {before}, after it {after}; then the workflow failed with "
         f"{kind_of(failed[-1]) if failed else 'nothing'}",
-    )
+    )  # fmt: skip
 
 
 @activity.defn

@@ -165,15 +165,18 @@ def test_keep_open_serves_the_ui_until_ctrl_c(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout
-    line = next(line for line in process.stdout if "Web UI at" in line)
-    url = line.split("Web UI at ")[1].split(",")[0]
-    page = urllib.request.urlopen(f"{url}/api/v1/namespaces/default/workflows", timeout=10).read().decode()
-    assert "TT-01-" in page
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    assert tagged(tag) == []
+    try:
+        assert process.stdout
+        line = next(line for line in process.stdout if "Web UI at" in line)
+        url = line.split("Web UI at ")[1].split(",")[0]
+        page = urllib.request.urlopen(f"{url}/api/v1/namespaces/default/workflows", timeout=10).read().decode()
+        assert "TT-01-" in page
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert tagged(tag) == []
+    finally:
+        process.kill()  # its guard ends the rest
 
 
 def test_two_at_once(tmp_path: Path) -> None:
