@@ -1,7 +1,21 @@
 """Lets the tests import the project's modules and their own helpers, from wherever pytest is started."""
 
+import re
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let a test that runs real evaluations run once more when it fails; the closing line counts how many did.
+
+    An evaluation kills processes against the clock, and on a machine that is busy with something else it
+    may rightly end as inconclusive. What is not an evaluation (judge, output, processes) gets one try.
+    """
+    for item in items:
+        if re.match(r"test_(\d\d_|given_server)", item.path.name):
+            item.add_marker(pytest.mark.flaky(reruns=1))
