@@ -139,7 +139,7 @@ class Call:
 async def call_service(call: Call) -> str:
     attempt = activity.info().attempt
     note(call.ledger, f"{attempt} begun {time.monotonic()}")
-    if 0 < call.kills_in <= attempt and not any("killed" in line for line in notes(call.ledger)):
+    if 0 < call.kills_in <= attempt and "killed" not in str(notes(call.ledger)):
         note(call.ledger, f"{attempt} killed {time.monotonic()}")
         os.kill(os.getpid(), signal.SIGKILL)
     if attempt > call.failures:
