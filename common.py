@@ -361,11 +361,6 @@ class Server:
         assert self._client, "the server was not started"
         return self._client
 
-    @property
-    def pid(self) -> int:
-        assert self._process, "the server was not started"
-        return self._process.pid
-
     async def start(self, seconds: float = 20) -> float:
         """Start, or start again on the same port, and wait until it answers. Returns the seconds it took."""
         begun = time.monotonic()
@@ -521,10 +516,6 @@ class Nursery:
         self._waiting: collections.deque[asyncio.Future[Child]] = collections.deque()
         self._children: dict[int, Child] = {}
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear)
-
-    @property
-    def group(self) -> int:
-        return self._process.pid
 
     async def fork(self, function: Callable[..., Any], *arguments: Any) -> Child:
         """Run a module-level function (async or not) in a process of its own; arguments are pickled."""
