@@ -22,7 +22,7 @@ def tagged(tag: str) -> list[str]:
     for process in psutil.process_iter():
         try:
             if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:120])
+                found.append(" ".join(process.cmdline()))
         except psutil.Error:  # it ended meanwhile, or is not ours
             continue
     return found
