@@ -641,6 +641,10 @@ class Lab:
         self.folder = session.folder / item
         self.folder.mkdir()
 
+    def flag(self, name: str) -> bool:
+        """Whether the command line gave this flag of the category."""
+        return bool(getattr(self._session.options, name))
+
     def file(self, name: str) -> str:
         """The path of a file of this item's own, as text, so that it can be an argument of a workflow."""
         return str(self.folder / name)
@@ -1051,10 +1055,17 @@ class Item:
 
 
 class Category:
-    """The items of one script."""
+    """The items of one script.
 
-    def __init__(self, id: str, title: str, question: str) -> None:
+    `at_once` items run side by side (a script that measures says 1). `flags` are options of this script
+    alone, name to help text; an item asks for one by `lab.flag(name)`.
+    """
+
+    def __init__(
+        self, id: str, title: str, question: str, *, at_once: int = SIDE_BY_SIDE, flags: Mapping[str, str] | None = None
+    ) -> None:
         self.id, self.title, self.question = id, title, question
+        self.at_once, self.flags = at_once, flags or {}
         self.items: list[Item] = []
 
     def item(
@@ -1424,6 +1435,8 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
     parser.add_argument("--log", metavar="FILE", help="keep what server, workers and SDK log in FILE")
+    for flag, meaning in category.flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     options = parser.parse_args(arguments)
     known = {item.id: item for item in category.items}
     wrong = [name for name in options.items if name.upper() not in known]
@@ -1563,7 +1576,7 @@ async def _evaluate(options: argparse.Namespace, session: Session, screen: Scree
     await session.open()
     screen.open(session)
 
-    places = asyncio.Semaphore(SIDE_BY_SIDE)
+    places = asyncio.Semaphore(screen.category.at_once)
 
     async def one(item: Item) -> Result:
         async with places:
