@@ -26,6 +26,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -53,6 +55,8 @@ FAIL_CLOSED = {
 }
 CAP = 2
 NEEDED = 4
+
+PICTURE = HERE / "docs" / "run_all.svg"
 
 ASSUMPTIONS = {
     "run time": "minutes to hours",
@@ -131,10 +135,10 @@ class Script:
         record: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
         return record
 
-    async def run(self, seed: int) -> None:
+    async def run(self, *arguments: str) -> None:
         """Run it to its end; its lines are kept for the display only."""
         self.begun = time.monotonic()
-        command = [sys.executable, str(self.path), "--json", str(self.file), "--seed", str(seed)]
+        command = [sys.executable, str(self.path), "--json", str(self.file), *arguments]
         # In a session of its own, so that a Ctrl-C comes to it through us and only once.
         self._process = await asyncio.create_subprocess_exec(
             *command,
@@ -256,14 +260,15 @@ class Board:
         return Text("\n".join(["", *lines]), no_wrap=True, overflow="ellipsis")
 
 
-async def run_scripts(scripts: Sequence[Script], board: Board, jobs: int, seed: int) -> None:
-    """Run the scripts, `jobs` at a time and the one that measures alone. Raises Unusable when one does."""
-    places = asyncio.Semaphore(jobs)
+async def run_scripts(scripts: Sequence[Script], board: Board, options: argparse.Namespace) -> None:
+    """Run the scripts, so many at a time and the one that measures alone. Raises Unusable when one does."""
+    places = asyncio.Semaphore(options.jobs)
+    shared = ["--seed", str(options.seed)]
 
-    async def one(script: Script) -> None:
+    async def one(script: Script, *arguments: str) -> None:
         async with places:
             board.begin(script)
-            await script.run(seed)
+            await script.run(*shared, *arguments)
             if script.code == 2:
                 raise Unusable(script.errors.partition(": ")[2] or script.errors)
             board.end(script)
@@ -271,7 +276,7 @@ async def run_scripts(scripts: Sequence[Script], board: Board, jobs: int, seed: 
     await asyncio.gather(*(one(script) for script in scripts if script.number != MEASURES))
     for script in scripts:
         if script.number == MEASURES:
-            await one(script)
+            await one(script, *(["--plot"] if options.pictures else []))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -279,6 +284,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the evaluation: all numbered scripts, or those named.")
     parser.add_argument("scripts", nargs="*", metavar="NUMBER", help="run only these scripts, such as 01")
     parser.add_argument("--record", nargs="?", const=str(HERE / "results"), metavar="DIR", help="keep the verdicts")
+    parser.add_argument("--pictures", action="store_true", help="draw the tables and what script 07 measured in docs/")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="scripts at a time (default: the cores)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
     parser.add_argument(
@@ -298,6 +304,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         except OSError as error:
             raise Unusable(f"--record {options.record} cannot be made ({error.strerror}): name another.") from None
         check_writable("record", str(Path(options.record) / "write-test.json"))
+    if options.pictures:
+        PICTURE.parent.mkdir(exist_ok=True)
+        check_writable("pictures", str(PICTURE))
     return options
 
 
@@ -309,6 +318,7 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
     states = fail_closed_states(items, assumptions)
     rating = rate(items, assumptions)
     board.close()
+    board.console.record = bool(options.pictures)
     board.categories(records)
     board.fail_closed(items, states)
     board.assumptions(assumptions)
@@ -319,8 +329,16 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
                 target = Path(options.record) / script.file.name
                 target.write_text(script.file.read_text(encoding="utf-8"), encoding="utf-8")
         board.line(f"Recorded in {options.record}")
+    if options.pictures:
+        draw(board.console)
     failed = [id for id in rating.capped_by if id in items]
     return 1 if failed or rating.inconclusive or len(records) < len(scripts) else 0
+
+
+def draw(console: Console) -> None:
+    """Draw the tables that were just printed as a terminal picture that needs nothing from the network."""
+    form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    console.save_svg(str(PICTURE), title="uv run run_all.py", code_format=form, unique_id="run-all")
 
 
 async def main(options: argparse.Namespace) -> int:
@@ -333,7 +351,7 @@ async def main(options: argparse.Namespace) -> int:
     signal_number = signal.SIGTERM
     try:
         board.open()
-        work = asyncio.create_task(run_scripts(scripts, board, options.jobs, options.seed))
+        work = asyncio.create_task(run_scripts(scripts, board, options))
         either: set[asyncio.Future[Any]] = {work, stopped}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
