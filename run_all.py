@@ -323,14 +323,14 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
     board.fail_closed(items, states)
     board.assumptions(assumptions)
     board.overall(rating, records[0]["environment"] if records else {})
+    if options.pictures:
+        draw(board.console)
     if options.record:
         for script in scripts:
             if script.record:
                 target = Path(options.record) / script.file.name
                 target.write_text(script.file.read_text(encoding="utf-8"), encoding="utf-8")
         board.line(f"Recorded in {options.record}")
-    if options.pictures:
-        draw(board.console)
     failed = [id for id in rating.capped_by if id in items]
     return 1 if failed or rating.inconclusive or len(records) < len(scripts) else 0
 

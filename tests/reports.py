@@ -1,0 +1,196 @@
+"""What the two reports say, compared with what was recorded: every star, count, state and figure.
+
+The reports are written by hand. Three rules make them checkable:
+
+- An item's heading is `#### XX-01 Title ★★★★☆ stage`, and `, fail-closed` behind it where it is.
+- A figure stands in backticks, word for word as the item measured it. In a line that is not an item's
+  own, it belongs to one of the items that the line names, or to `results/comparison.json` where the
+  section is the comparison.
+- Tables of counts hold plain numbers, which are counted again from the record.
+"""
+
+import collections
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ITEM = re.compile(r"\b[A-Z]{2}-\d\d\b")
+HEADING = re.compile(
+    r"^#### (?P<id>[A-Z]{2}-\d\d) (?P<title>.+?) (?P<stars>[★☆]{5}|\?|-)"
+    r"(?: (?P<stage>[^,]+))?(?P<closed>, fail-closed)?$"
+)
+QUOTE = re.compile(r"`([^`]*\d[^`]*)`")
+# A code span that names something instead of quoting a figure: a file, an option, a setting, a command.
+NAME = re.compile(
+    r"^(\d\d_\w+\.py|\d\d|[\w./-]+\.(py|md|json|svg|png|lock|toml|yml)|[A-Z]{2}-\d\d|uv run .*|TMPRL\d+|\[TMPRL\d+\])$"
+)
+SPOKEN = {"judged": "judged", "inconclusive": "inconclusive", "not_run": "not run"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The recorded run: what each category wrote, and the comparison with other systems, where there is one."""
+
+    categories: Sequence[Mapping[str, Any]]
+    comparison: Mapping[str, Any]
+
+    @property
+    def items(self) -> dict[str, Mapping[str, Any]]:
+        return {item["id"]: item for category in self.categories for item in category["items"]}
+
+    def words_of(self, id: str) -> str:
+        """All that an item claimed and measured, as one text."""
+        item = self.items[id]
+        words = [f"{one['claim']}\n{one['measured']}" for one in item["evidence"]]
+        text: str = "\n".join([*words, item["reason"], f"{item['seconds']:.1f} s"])
+        return text
+
+    @property
+    def environment(self) -> str:
+        return "\n".join(f"{name} {value}" for one in self.categories for name, value in one["environment"].items())
+
+
+def load(folder: Path) -> Record:
+    """The record in a results folder."""
+    categories = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[01][0-9]_*.json"))]
+    file = folder / "comparison.json"
+    return Record(categories, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+
+
+def stars_of(item: Mapping[str, Any]) -> str:
+    """An item's stars as the reports write them."""
+    if item["stars"] is None:
+        return "?" if item["outcome"] == "inconclusive" else "-"
+    stars: int = item["stars"]
+    return "★" * stars + "☆" * (5 - stars)
+
+
+def sections(report: str) -> list[tuple[str, list[str]]]:
+    """The report's parts in their order: (heading of level two, its lines)."""
+    parts: list[tuple[str, list[str]]] = []
+    for line in report.splitlines():
+        if line.startswith("## "):
+            parts.append((line[3:], []))
+        elif parts:
+            parts[-1][1].append(line)
+    return parts
+
+
+def item_sections(report: str) -> dict[str, tuple[re.Match[str], str]]:
+    """The item headings of a report, each with the text below it."""
+    found: dict[str, tuple[re.Match[str], str]] = {}
+    current = None
+    for line in report.splitlines():
+        heading = HEADING.match(line)
+        if heading:
+            current = heading["id"]
+            found[current] = (heading, "")
+        elif line.startswith("#"):
+            current = None
+        elif current:
+            found[current] = (found[current][0], found[current][1] + line + "\n")
+    return found
+
+
+def rows(report: str, first: str) -> list[list[str]]:
+    """The cells of all table rows whose first cell matches `first` in full."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line[:1] == "|"]
+    return [row for row in cells if re.fullmatch(first, row[0])]
+
+
+def quotes(text: str) -> list[str]:
+    """The figures that a text quotes: its code spans with a digit that do not name something."""
+    return [quote for quote in QUOTE.findall(text) if not NAME.match(quote)]
+
+
+def occurs(quote: str, text: str) -> bool:
+    """Whether a text holds the quote, and no digit continues it to either side."""
+    squeezed = " ".join(text.split())
+    return re.search(rf"(?<![\d.]){re.escape(' '.join(quote.split()))}(?!\.?\d)", squeezed) is not None
+
+
+def wrong_items(report: str, record: Record) -> Iterable[str]:
+    """Headings that differ from the record, and figures that no evidence of the item holds."""
+    found = item_sections(report)
+    if list(found) != list(record.items):
+        yield f"items differ: {sorted(set(found) ^ set(record.items)) or 'their order'}"
+    for id, (heading, text) in found.items():
+        if id not in record.items:
+            continue
+        item = record.items[id]
+        if heading["stars"] != stars_of(item):
+            yield f"{id}: {heading['stars']} but recorded {stars_of(item)}"
+        if (heading["stage"] or "") != (item["stage"] or ""):
+            yield f"{id}: stage {heading['stage']} but recorded {item['stage']}"
+        if bool(heading["closed"]) != item["fail_closed"]:
+            yield f"{id}: fail-closed is said wrongly"
+        for quote in quotes(text):
+            if not occurs(quote, record.words_of(id)):
+                yield f"{id}: `{quote}` is not in its evidence"
+        for number in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", re.sub(r"`[^`]*`|[A-Z]{2}-\d\d", "", text)):
+            if not occurs(number, record.words_of(id)):
+                yield f"{id}: {number} is not in its evidence"
+
+
+def wrong_figures(report: str, record: Record, comparison: str) -> Iterable[str]:
+    """Figures outside the items' own sections that nothing which their line names holds.
+
+    `comparison` is the heading of the section whose figures come from the other systems' record.
+    """
+    systems = json.dumps(record.comparison, ensure_ascii=False)
+    for heading, lines in sections(report):
+        if any(HEADING.match(line) for line in lines):
+            continue
+        for line in lines:
+            named = [id for id in ITEM.findall(line) if id in record.items]
+            text = "\n".join([*(record.words_of(id) for id in named), record.environment])
+            text += systems if heading == comparison else ""
+            yield from (f"{heading}: `{one}` is not recorded" for one in quotes(line) if not occurs(one, text))
+
+
+def category_row(category: Mapping[str, Any]) -> list[str]:
+    """What the summary says of a category behind its name: items, mean, good, insufficient, inconclusive, not run."""
+    outcomes = collections.Counter(item["outcome"] for item in category["items"])
+    stars = [item["stars"] for item in category["items"] if item["stars"] is not None]
+    good = sum(one >= 3 for one in stars)
+    mean = f"{sum(stars) / len(stars):.1f}" if stars else "-"
+    counts = (len(category["items"]), mean, good, len(stars) - good, outcomes["inconclusive"], outcomes["not_run"])
+    return [str(one) for one in counts]
+
+
+def wrong_counts(report: str, record: Record) -> Iterable[str]:
+    """Rows of the summary that do not say what is counted from the record."""
+    for category in record.categories:
+        said = [row[2:] for row in rows(report, category["category"])]
+        if said != [category_row(category)]:
+            yield f"{category['category']}: the summary says {said}, counted {category_row(category)}"
+    every = {"items": list(record.items.values())}
+    said = [row[2:] for row in rows(report, r"\*\*.*\*\*") if len(row) == 8]
+    if said != [[f"**{one}**" for one in category_row(every)]]:
+        yield f"the summary's last row says {said}, counted {category_row(every)}"
+
+
+def wrong_states(report: str, record: Record, states: Mapping[str, str]) -> Iterable[str]:
+    """Rows of the fail-closed table that differ from the rule applied to the record."""
+    said = {row[0]: row for row in rows(report, ITEM.pattern) if len(row) == 4}
+    for id, state in states.items():
+        stars = stars_of(record.items[id]) if id in record.items else "-"
+        if id not in said or said[id][2] != stars or (said[id][3] in ("passes", "合格")) != (state == "passes"):
+            yield f"{id}: the fail-closed table says {said.get(id)}, but it is {stars}, {state}"
+
+
+def mutations(report: str) -> Iterable[tuple[str, str]]:
+    """The report with one star or one figure changed at a time: (what was changed, the changed report)."""
+    for heading in re.finditer(r"^#### .*?([★☆]{5})", report, re.MULTILINE):
+        stars = heading[1].count("★")
+        other = "★" * (stars % 5 + 1)
+        yield heading[0], report[: heading.start(1)] + other.ljust(5, "☆") + report[heading.end(1) :]
+    for quote in QUOTE.finditer(report):
+        if not NAME.match(quote[1]):
+            digit = re.search(r"\d", quote[0])
+            assert digit
+            at = quote.start() + digit.start()
+            yield quote[0], report[:at] + str((int(digit[0]) + 1) % 10) + report[at + 1 :]
