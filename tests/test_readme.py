@@ -59,3 +59,10 @@ def test_item_ids_are_those_of_the_command_line() -> None:
     category = Category("XX", "Example", "?")
     category.item("XX-01", "One")(None)  # type: ignore[arg-type]
     assert parse(category, ["xx-01"]).chosen == category.items
+
+
+def test_a_category_may_have_flags_of_its_own() -> None:
+    category = Category("XX", "Example", "?", flags={"plot": "draw it"})
+    category.item("XX-01", "One")(None)  # type: ignore[arg-type]
+    assert parse(category, ["--plot"]).plot
+    assert not parse(category, []).plot

@@ -123,6 +123,16 @@ def test_an_inconclusive_item_and_a_broken_script_fail_the_run(tmp_path: Path) -
     assert "TT-01  \u2605\u2605\u2605\u2605\u2605" in done.stdout
 
 
+def test_the_tables_can_be_drawn(tmp_path: Path) -> None:
+    done = run(project(tmp_path, _01_aa="TT-01 TT-02"), "--pictures", "--record", cwd=tmp_path)
+    picture = (tmp_path / "docs" / "run_all.svg").read_text(encoding="utf-8")
+    assert done.returncode == 0
+    assert "Tiny;" in picture.replace("&#160;", " ")
+    assert "begins" not in picture, "the tables alone"
+    assert "@font-face" not in picture, "it fetches nothing"
+    assert str(tmp_path) not in picture
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "words"),
     [
