@@ -514,16 +514,6 @@ async def bare_loops(lab: Lab, steps: int = 40) -> str:
     )
 
 
-@contextlib.asynccontextmanager
-async def untuned_server(lab: Lab) -> AsyncIterator[Server]:
-    """A dev server with nothing set, as `temporal server start-dev` gives it."""
-    async with lab.private_server() as server:
-        server.kill()
-        server._settings = {}
-        await server.start()
-        yield server
-
-
 async def steps_on(lab: Lab, server: Server, steps: int, into: Pace) -> None:
     ledger = lab.file(uuid.uuid4().hex)
     fields: dict[str, Any] = {"id": f"{lab.id}-{Path(ledger).name}", "task_queue": lab.task_queue}
@@ -534,7 +524,7 @@ async def untuned(lab: Lab) -> Evidence:
     burst, tuned, plain = Pace(), Pace(), Pace()
     async with (
         lab.private_server() as fast,
-        untuned_server(lab) as slow,
+        lab.private_server(tuned=False) as slow,
         lab.worker([BareLoop], [step], server=fast),
         lab.worker([BareLoop], [step], server=slow),
     ):

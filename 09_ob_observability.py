@@ -161,13 +161,6 @@ async def repeated_tasks(*handles: WorkflowHandle[Any, Any]) -> int:
     return sum(one["WORKFLOW_TASK_FAILED"] + one["WORKFLOW_TASK_TIMED_OUT"] for one in kinds)
 
 
-async def client_with(target: Target, runtime: Runtime) -> Client:
-    """A client on a runtime of its own, which carries the telemetry settings of all its workers."""
-    if target.address is None:
-        return await connect(target, runtime=runtime)
-    return await Client.connect(target.address, namespace=target.namespace, runtime=runtime)
-
-
 # OB-01 Dashboard, UI ---------------------------------------------------------------------------------
 # The Web UI comes with the server and shows each run with its history, failures and stacks. Encrypted
 # data it shows only with the help of a codec server, which holds the key and is the user's own.
@@ -262,14 +255,6 @@ class WebUI:
     async def events(self, id: str) -> list[Any]:
         events: list[Any] = (await self.get(f"/{id}/history"))["history"]["events"]
         return events
-
-
-def ui_arguments(port: int, codec: int) -> list[str]:
-    """The UI belongs to the server's command; the last --headless counts."""
-    return [
-        "--headless=false", "--ui-port", str(port), "--ui-disable-news-fetch",
-        "--ui-codec-endpoint", f"http://127.0.0.1:{codec}",
-    ]  # fmt: skip
 
 
 async def page_is_served(ui: WebUI) -> Evidence:
@@ -418,7 +403,7 @@ async def dashboard(lab: Lab) -> AsyncIterator[Evidence]:
     ui = WebUI(f"http://127.0.0.1:{port}")
     async with (
         lab.process(serve_codec, codec, key, ui.url),
-        lab.private_server(arguments=ui_arguments(port, codec)) as server,
+        lab.private_server(ui_port=port, arguments=["--ui-codec-endpoint", f"http://127.0.0.1:{codec}"]) as server,
         lab.worker([Buy], [charge_card], server=server),
     ):
         await until(ui.ready, "the Web UI answers", 30)
@@ -719,7 +704,7 @@ async def metrics(lab: Lab) -> AsyncIterator[Evidence]:
     """Workflows that end well and badly; what Prometheus would scrape is compared with the ledger."""
     port, server_port = free_port(), free_port()
     async with lab.private_server(arguments=["--metrics-port", str(server_port)]) as server:
-        place = Metered(server, server_port, await client_with(server.target, metered(port)), port)
+        place = Metered(server, server_port, await connect(server.target, runtime=metered(port)), port)
         async for evidence in side_by_side(*(part(lab, place) for part in (counts, slots, schedule_to_start))):
             yield evidence
     yield native(
@@ -1448,7 +1433,7 @@ class Invoice:
 
 async def metered_worker(target: Target, queue: str, port: int) -> None:
     """A worker's process, which Prometheus can scrape."""
-    client = await client_with(target, metered(port))
+    client = await connect(target, runtime=metered(port))
     async with make_worker(client, queue, [SendParcel, Invoice], [call_courier]):
         await asyncio.Future()
 
@@ -1739,7 +1724,6 @@ async def no_alerting(lab: Lab) -> Evidence:
         not found and not spoken and "describe_workflow_execution" in methods and all(one.code == 0 for one in helps),
         f"methods of the server's API that speak of alerts: {', '.join(found) or 'none'}; of the command line's groups "
         f"{', '.join(groups)}: {', '.join(spoken) or 'none'}; rules to begin with are in docs/alerts",
-        cap=3,
     )
 
 
@@ -1860,7 +1844,7 @@ async def logging_worker(target: Target, queue: str, stream: str) -> None:
         filter=TelemetryFilter(core_level="WARN", other_level="ERROR"),
         forwarding=LogForwardingConfig(logger=logging.getLogger("temporal-core"), append_log_fields_to_message=False),
     )
-    client = await client_with(target, Runtime(telemetry=TelemetryConfig(logging=core)))
+    client = await connect(target, runtime=Runtime(telemetry=TelemetryConfig(logging=core)))
     # No cache: every workflow task begins with a replay of the whole history.
     async with make_worker(client, queue, [Welcome, Stumble], [greet], max_cached_workflows=0):
         await asyncio.Future()

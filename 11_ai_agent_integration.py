@@ -1486,46 +1486,9 @@ async def streaming(lab: Lab) -> AsyncIterator[Evidence]:
 # repeats none of them. A framework run whole inside one activity starts over.
 
 
-class Imported:
-    """Pickles as a module: whoever unpickles it has imported it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
-        return importlib.import_module, (self.name,)
-
-
-def nothing(*modules: object) -> None:
-    """All that a child has to do that is forked for the sake of its imports."""
-
-
+# The frameworks take 3 s of imports: too much for each worker process, and for the nursery that the other
+# items wait for. The processes of this item are forked from a nursery of its own, which has imported them.
 Fork = Callable[..., contextlib.AbstractAsyncContextManager[Child]]
-
-
-async def nursery_with(lab: Lab, *modules: str) -> Fork:
-    """A lab.process() whose children hold these modules from the start.
-
-    The frameworks take 3 s of imports, too much for each worker process, and for the nursery that other
-    items wait for. This item has one of its own. A nursery unpickles what a child is to do before it
-    forks it, so it imports the modules itself, and every later child has them.
-    """
-    nursery = lab._session.new_nursery()
-
-    @contextlib.asynccontextmanager
-    async def fork(function: Callable[..., Any], *arguments: Any) -> AsyncIterator[Child]:
-        child = await nursery.fork(function, *arguments)
-        try:
-            yield child
-        finally:
-            await child.kill()
-
-    for _ in range(4):
-        with contextlib.suppress(TimeoutError):  # a busy machine takes longer
-            async with fork(nothing, *map(Imported, modules)) as child:
-                await child.wait()
-            break
-    return fork
 
 
 @dataclass
@@ -1829,11 +1792,12 @@ async def agent_without_temporal(lab: Lab, model: Endpoint, fork: Fork) -> Evide
 async def agent_frameworks(lab: Lab) -> AsyncIterator[Evidence]:
     """One agent in two frameworks; its worker dies in mid-agent, its tool and its model fail."""
     frameworks = ("temporalio.openai_agents", "langgraph.prebuilt", "langchain_openai")
-    async with an_endpoint(lab) as model:
-        fork = await nursery_with(lab, *frameworks)
-        parts = (agent_killed, graph_killed, agent_without_temporal, agents_at_work, plugin_is_native)
-        async for evidence in side_by_side(*(part(lab, model, fork) for part in parts)):
-            yield evidence
+    with lab.nursery(*frameworks) as nursery:
+        async with an_endpoint(lab) as model:
+            fork = functools.partial(lab.process, nursery=nursery)
+            parts = (agent_killed, graph_killed, agent_without_temporal, agents_at_work, plugin_is_native)
+            async for evidence in side_by_side(*(part(lab, model, fork) for part in parts)):
+                yield evidence
     yield cited(
         "CrewAI has no integration and fits only inside an activity, as LangGraph does here",
         "a script in comparison/, with dependencies of its own: crewai and openai-agents do not resolve together",

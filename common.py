@@ -26,6 +26,7 @@ import asyncio
 import collections
 import contextlib
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -45,7 +46,7 @@ import tokenize
 import traceback
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -138,7 +139,8 @@ async def connect(target: Target, **options: Any) -> Client:
     """A client for `target`; `options` go to Client.connect (data_converter, interceptors, plugins)."""
     if target.address is None:
         return await Client.connect(**(user_settings() | {"runtime": _runtime()} | options))
-    return await Client.connect(target.address, namespace=target.namespace, runtime=_runtime(), **options)
+    own: dict[str, Any] = {"namespace": target.namespace, "runtime": _runtime()}
+    return await Client.connect(target.address, **(own | options))
 
 
 async def connect_to_user_server(seconds: float = 8) -> Client:
@@ -341,7 +343,7 @@ class Server:
         ui_port: int | None = None,
     ) -> None:
         self._cli, self._guard, self._log = cli, guard, log
-        self._file, self._arguments, self._namespace = file, arguments, namespace
+        self.file, self._arguments, self._namespace = file, arguments, namespace
         self._settings = TUNED if settings is None else settings
         self._port, self._ui_port = port, ui_port
         self._process: subprocess.Popen[bytes] | None = None
@@ -354,6 +356,12 @@ class Server:
     @property
     def target(self) -> Target:
         return Target(self.address, self._namespace)
+
+    @property
+    def pid(self) -> int:
+        """The server's process. It changes with each start."""
+        assert self._process, "the server is not running"
+        return self._process.pid
 
     @property
     def client(self) -> Client:
@@ -405,7 +413,7 @@ class Server:
         command = [self._cli, "server", "start-dev", "--ip", "127.0.0.1", "--port", str(self._port)]
         ui = ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
         command += ui
-        command += ["--db-filename", str(self._file)] if self._file else []
+        command += ["--db-filename", str(self.file)] if self.file else []
         command += ["--namespace", self._namespace] if self._namespace != "default" else []
         for key, value in self._settings.items():
             command += ["--dynamic-config-value", f"{key}={value}"]
@@ -501,10 +509,10 @@ class Nursery:
 
     ARGUMENT = "--nursery"
 
-    def __init__(self, log: Path, folder: Path) -> None:
+    def __init__(self, log: Path, folder: Path, modules: Sequence[str] = ()) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno()), str(folder)],
+            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno()), str(folder), *modules],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=log.open("ab"),
@@ -522,7 +530,7 @@ class Nursery:
         asked: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
         self._pipe.send((function, arguments))
         self._waiting.append(asked)
-        return await asyncio.wait_for(asked, 30)
+        return await asyncio.wait_for(asked, 60)
 
     def close(self) -> None:
         """End the nursery and every child, at once. Closing it again does nothing."""
@@ -556,9 +564,11 @@ class Nursery:
             self._children.pop(pid).ended(os.waitstatus_to_exitcode(status))
 
     @staticmethod
-    def serve(descriptor: int, folder: Path) -> NoReturn:
+    def serve(descriptor: int, folder: Path, modules: Sequence[str]) -> NoReturn:
         """The nursery's own loop, in the second copy of the script."""
         keep_bytecode(folder)
+        for module in modules:
+            importlib.import_module(module)
         pipe = multiprocessing.connection.Connection(descriptor)
         heard, told = os.pipe()
         os.set_blocking(told, False)
@@ -685,13 +695,15 @@ class Lab:
                 raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
 
     @contextlib.asynccontextmanager
-    async def process(self, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> AsyncIterator[Child]:
+    async def process(
+        self, function: Callable[..., Any], *arguments: Any, fresh: bool = False, nursery: Nursery | None = None
+    ) -> AsyncIterator[Child]:
         """A module-level function in a process of its own, killed on leaving the block if it still runs.
 
         The processes of a script are forked from one parent and share its hash seed; a `fresh` one comes
-        from an interpreter of its own, which takes about a second.
+        from an interpreter of its own, which takes about a second. `nursery`: see there.
         """
-        nursery = self._session.new_nursery() if fresh else self._session.nursery
+        nursery = self._session.new_nursery() if fresh else nursery or self._session.nursery
         child = await nursery.fork(function, *arguments)
         try:
             yield child
@@ -700,23 +712,36 @@ class Lab:
             if fresh:
                 nursery.close()
 
+    @contextlib.contextmanager
+    def nursery(self, *modules: str) -> Iterator[Nursery]:
+        """A parent for processes whose children hold these modules, too: for imports that take seconds."""
+        nursery = self._session.new_nursery(modules)
+        try:
+            yield nursery
+        finally:
+            nursery.close()
+
     @contextlib.asynccontextmanager
     async def private_server(
         self,
         *,
-        file: bool = False,
+        file: bool | Path = False,
         settings: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        tuned: bool = True,
+        ui_port: int | None = None,
     ) -> AsyncIterator[Server]:
         """A server of this item's own, which may be killed. `settings` are added to the tuned ones.
 
-        `file`: its state is in a SQLite file and survives. Raises NotRun without a `temporal` binary.
+        `file`: its state is in a SQLite file and survives, a new one or the one named. `tuned=False`: only
+        `settings`, over the server's own defaults. With a `ui_port` it serves its Web UI there.
+        Raises NotRun without a `temporal` binary.
         """
         if self._session.cli is None:
             raise NotRun("a server of our own is needed, and there is no temporal binary")
-        path = self.folder / f"{uuid.uuid4().hex[:8]}.sqlite" if file else None
-        every = {**TUNED, **(settings or {})}
-        server = self._session.new_server(file=path, settings=every, arguments=arguments)
+        path = self.folder / f"{uuid.uuid4().hex[:8]}.sqlite" if file is True else file or None
+        every = {**(TUNED if tuned else {}), **(settings or {})}
+        server = self._session.new_server(file=path, settings=every, arguments=arguments, ui_port=ui_port)
         await server.start()
         try:
             yield server
@@ -1114,8 +1139,8 @@ class Session:
         """The URL of the embedded server's Web UI, where it has one."""
         return f"http://127.0.0.1:{self._ui_port}" if self._embedded and self._ui_port else None
 
-    def new_nursery(self) -> Nursery:
-        self._nurseries.append(Nursery(self.log, self.folder))
+    def new_nursery(self, modules: Sequence[str] = ()) -> Nursery:
+        self._nurseries.append(Nursery(self.log, self.folder, modules))
         return self._nurseries[-1]
 
     def new_server(self, **options: Any) -> Server:
@@ -1484,7 +1509,7 @@ def run(category: Category) -> NoReturn:
     """
     arguments = sys.argv[1:]
     if arguments[:1] == [Nursery.ARGUMENT]:
-        Nursery.serve(int(arguments[1]), Path(arguments[2]))
+        Nursery.serve(int(arguments[1]), Path(arguments[2]), arguments[3:])
     try:
         load_settings()
         options = parse(category, arguments)
