@@ -10,7 +10,7 @@ SCRIPT = ROOT / "03_wf_workflow_primitives.py"
 
 def test_the_whole_script(tmp_path: Path) -> None:
     verdicts = evaluate(SCRIPT, tmp_path)
-    check_whole(verdicts, {"WF-01": 5, "WF-02": 5, "WF-03": 5, "WF-04": 5, "WF-05": 4, "WF-06": 4})
+    check_whole(verdicts)
     # Each limit of the platform is still there: one that is no longer seen has been mended.
     assert [one["held"] for one in verdicts.evidence("WF-05", "limit")] == [True]
     # The third, the burst of a rate limit, is only seen where the worker is fast enough to take it.

