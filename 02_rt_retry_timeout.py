@@ -209,7 +209,8 @@ async def decided_intervals(handle: WorkflowHandle[Any, Any]) -> dict[tuple[str,
     async def over() -> bool:
         description = await handle.describe()
         for one in description.raw_description.pending_activities:
-            if one.HasField("next_attempt_schedule_time"):  # it waits for its retry
+            # It has failed, and waits for its retry.
+            if one.HasField("next_attempt_schedule_time") and one.HasField("last_attempt_complete_time"):
                 wait = one.next_attempt_schedule_time.ToDatetime() - one.last_attempt_complete_time.ToDatetime()
                 decided[one.activity_id, one.attempt] = wait.total_seconds()
         return description.status != WorkflowExecutionStatus.RUNNING

@@ -1251,7 +1251,7 @@ async def start_delay(lab: Lab) -> Evidence:
             Nap.run, [], id=id, task_queue=id, start_delay=timedelta(seconds=delay)
         )
         await handle.result()
-    (started,), (first_task,) = (
+    (started,), (first_task, *_) = (
         await moments(handle, "WORKFLOW_EXECUTION_STARTED"),
         await moments(handle, "WORKFLOW_TASK_SCHEDULED"),
     )

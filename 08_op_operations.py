@@ -2078,7 +2078,7 @@ async def broken_line(lab: Lab) -> Evidence:
 
 
 async def nobody_left(lab: Lab) -> Evidence:
-    route = Route(4, 0.2, lab.file("nobody.sqlite"))
+    route = Route(4, 1.0, lab.file("nobody.sqlite"))  # long enough to be killed in the middle
     async with lab.worker_process(**parts_of(lab, "nobody")) as worker:
         (handle,) = await depart(lab, lab.client, "nobody", 1, route)
         await until(lambda: call_count(route.database) >= 2, "two stages have begun")

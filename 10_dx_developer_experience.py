@@ -1786,7 +1786,13 @@ def plain_worker(lab: Lab, setting: Setting, queue: str) -> Worker:
 
 async def started(lab: Lab, setting: Setting, queue: str) -> WorkflowHandle[Any, Any]:
     handle: WorkflowHandle[Any, Any] = await lab.client.start_workflow(
-        setting.starts.run, 7, id=queue, task_queue=queue
+        setting.starts.run,
+        7,
+        id=queue,
+        task_queue=queue,
+        # Only the first attempt of a workflow task tells the history why it failed: on a busy machine, too,
+        # it shall fail, and not time out.
+        task_timeout=PATIENT,
     )
     return handle
 
