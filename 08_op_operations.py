@@ -1881,8 +1881,8 @@ class Stage:
 def open_journal(database: str) -> None:
     """The effects, each once by its key, and every call that was made for them."""
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("CREATE TABLE effects (key TEXT PRIMARY KEY)")
-        connection.execute("CREATE TABLE calls (at REAL, pid INTEGER, journey TEXT, number INTEGER)")
+        connection.execute("CREATE TABLE IF NOT EXISTS effects (key TEXT PRIMARY KEY)")
+        connection.execute("CREATE TABLE IF NOT EXISTS calls (at REAL, pid INTEGER, journey TEXT, number INTEGER)")
 
 
 def read_journal(database: str, query: str) -> list[Any]:
@@ -1976,12 +1976,20 @@ def parts_of(lab: Lab, name: str) -> dict[str, Any]:
     return {"workflows": [Journey], "activities": [travel], "task_queue": f"{lab.id}-{name}"}
 
 
+async def both_serve(lab: Lab, workers: set[int]) -> bool:
+    """Let short journeys tell who serves them: if one worker came late, the other would take all there is."""
+    short = Route(1, 0.1, lab.file("short.sqlite"))
+    await arrive(await depart(lab, lab.client, "takeover", 6, short), 1)
+    return workers <= {pid for (pid,) in read_journal(short.database, "SELECT DISTINCT pid FROM calls")}
+
+
 async def takeover(lab: Lab) -> Evidence:
     route = Route(8, 0.2, lab.file("takeover.sqlite"))
     async with (
         lab.worker_process(**parts_of(lab, "takeover")) as victim,
         lab.worker_process(**parts_of(lab, "takeover")) as heir,
     ):
+        await until(lambda: both_serve(lab, {victim.pid, heir.pid}), "both workers take part")
         handles = await depart(lab, lab.client, "takeover", 6, route)
 
         def both_work() -> bool:
