@@ -609,18 +609,21 @@ async def second_run(
 
 async def run_and_execution(lab: Lab) -> Evidence:
     """One clock begins anew with every run, the other one bounds the whole chain of runs."""
-    ten = timedelta(seconds=10)
-    (status, second, both), (bounded_status, bounded_second, bounded_both) = await asyncio.gather(
-        second_run(lab, "renewed", run=ten), second_run(lab, "bounded", execution=ten)
-    )
     expected = "CONTINUED_AS_NEW, START_TO_CLOSE"
+    for length in (10, 40):  # on a busy machine the first run may not come to its handing over within 10 s
+        bound = timedelta(seconds=length)
+        (status, second, both), (bounded_status, bounded_second, bounded_both) = await asyncio.gather(
+            second_run(lab, f"renewed-{length}", run=bound), second_run(lab, f"bounded-{length}", execution=bound)
+        )
+        if status == bounded_status == expected:
+            break
     return holds(
         "the run timeout begins anew with each run, the execution timeout bounds the whole chain of them",
-        status == bounded_status == expected and second >= 0.95 * 10 and both >= 10 + 1.5
-        and bounded_second < 10 - 1 and 0.95 * 10 <= bounded_both < both,
-        f"two runs, the first of 1.5 s or more; run_timeout 10 s ends the second after {second:.2f} s, and both after "
-        f"{both:.2f} s; execution_timeout 10 s ends the second after {bounded_second:.2f} s, and both after "
-        f"{bounded_both:.2f} s",
+        status == bounded_status == expected and second >= 0.95 * length and both >= length + 1.5
+        and bounded_second < length - 1 and 0.95 * length <= bounded_both < both,
+        f"two runs, the first of 1.5 s or more; run_timeout {length} s ends the second after {second:.2f} s, and both "
+        f"after {both:.2f} s; execution_timeout {length} s ends the second after {bounded_second:.2f} s, and both "
+        f"after {bounded_both:.2f} s",
     )  # fmt: skip
 
 

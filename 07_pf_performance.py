@@ -536,7 +536,8 @@ async def untuned(lab: Lab) -> Evidence:
         "a dev server as it comes polls its queues 20 times a second: after a burst a step costs at least half more",
         plain.p50 >= 1.5 * tuned.p50,
         f"2 turns of 40 steps, each after a burst of 40: p50 {ms(plain.p50)} as it comes, {ms(tuned.p50)} with "
-        f"history.transferProcessorMaxPollRPS raised: {plain.p50 / tuned.p50:.1f} times as much; all steps taken: {plain.complete and tuned.complete}",
+        f"history.transferProcessorMaxPollRPS raised: {plain.p50 / tuned.p50:.1f} times as much; all steps "
+        f"taken: {plain.complete and tuned.complete}",
     )
 
 

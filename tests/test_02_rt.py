@@ -37,7 +37,7 @@ FALLS = [
     # One attempt only: nothing is bounded together.
     ("RT-02", "schedule_to_close=4, attempts=0", "schedule_to_close=4, attempts=1", 3),
     # The clock that begins anew, where the one for the whole chain belongs.
-    ("RT-02", "execution=ten", "run=ten", 3),
+    ("RT-02", "execution=bound", "run=bound", 3),
     # No room to spare.
     ("RT-02", '"start-to-close 30 s": Limits(start_to_close=30)', '"30 s": Limits(start_to_close=1)', None),
     # A breaker that does not close when the service is back.
