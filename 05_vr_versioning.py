@@ -69,7 +69,7 @@ from temporalio.converter import (
     JSONPlainPayloadConverter,
     JSONTypeConverter,
 )
-from temporalio.exceptions import ActivityError
+from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Replayer, Worker, WorkerDeploymentConfig
 
@@ -1493,11 +1493,15 @@ class Courier:
 
     async def deliver(self, name: str, parcel: RawValue) -> str:
         try:
+            # What cannot be decoded is refused once and for all; a lost task is no refusal, and is tried again.
             await workflow.execute_activity(
-                name, parcel, start_to_close_timeout=PATIENT, retry_policy=RetryPolicy(maximum_attempts=1)
+                name,
+                parcel,
+                start_to_close_timeout=PATIENT,
+                retry_policy=RetryPolicy(maximum_attempts=3, non_retryable_error_types=["RuntimeError"]),
             )
         except ActivityError as error:
-            return f"refused: {error.cause}"
+            return f"refused: {error.cause}" if isinstance(error.cause, ApplicationError) else str(error.cause)
         return "read"
 
 

@@ -174,20 +174,38 @@ def wrong_counts(report: str, record: Record) -> Iterable[str]:
 
 
 def wrong_states(report: str, record: Record, states: Mapping[str, str]) -> Iterable[str]:
-    """Rows of the fail-closed table that differ from the rule applied to the record."""
+    """Rows of the fail-closed table, and of others that name an item and its stars, that differ from the record."""
     said = {row[0]: row for row in rows(report, ITEM.pattern) if len(row) == 4}
     for id, state in states.items():
         stars = stars_of(record.items[id]) if id in record.items else "-"
         if id not in said or said[id][2] != stars or (said[id][3] in ("passes", "合格")) != (state == "passes"):
             yield f"{id}: the fail-closed table says {said.get(id)}, but it is {stars}, {state}"
+    for row in rows(report, ITEM.pattern + " .*"):
+        if set(row[1]) <= set("★☆") and row[1] != stars_of(record.items[row[0][:5]]):
+            yield f"{row[0]}: a table says {row[1]}"
+
+
+def wrong_comparison(report: str, record: Record) -> Iterable[str]:
+    """Rows of stars in the comparison that differ from its record: a system and its mode, then six times stars."""
+    said = {row[0]: row[1:7] for row in rows(report, ".*") if len(row) == 8 and set(row[1]) <= set("★☆")}
+    recorded = {
+        f"{system['title']} {mode}" if len(system["stars"]) > 1 else str(system["title"]): [
+            "?" if one["stars"] is None else "★" * one["stars"] + "☆" * (5 - one["stars"]) for one in stars.values()
+        ]
+        for system in record.comparison.get("systems", [])
+        if "with" not in system["title"]
+        for mode, stars in system["stars"].items()
+    }
+    if said != recorded:
+        yield f"the comparison's stars differ: {[name for name in recorded if said.get(name) != recorded[name]]}"
 
 
 def mutations(report: str) -> Iterable[tuple[str, str]]:
     """The report with one star or one figure changed at a time: (what was changed, the changed report)."""
-    for heading in re.finditer(r"^#### .*?([★☆]{5})", report, re.MULTILINE):
-        stars = heading[1].count("★")
+    for shown in re.finditer(r"(?:^#### .*?|^\| (?!★).*?\| )([★☆]{5})", report, re.MULTILINE):
+        stars = shown[1].count("★")
         other = "★" * (stars % 5 + 1)
-        yield heading[0], report[: heading.start(1)] + other.ljust(5, "☆") + report[heading.end(1) :]
+        yield shown[0], report[: shown.start(1)] + other.ljust(5, "☆") + report[shown.end(1) :]
     for quote in QUOTE.finditer(report):
         if not NAME.match(quote[1]):
             digit = re.search(r"\d", quote[0])

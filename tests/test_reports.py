@@ -15,6 +15,7 @@ from reports import (
     quotes,
     rows,
     sections,
+    wrong_comparison,
     wrong_counts,
     wrong_figures,
     wrong_items,
@@ -38,6 +39,7 @@ def problems(name: str, text: str, record: Record) -> list[str]:
         *wrong_figures(text, record, COMPARISON[name]),
         *wrong_counts(text, record),
         *wrong_states(text, record, states),
+        *wrong_comparison(text, record),
     ]
 
 
