@@ -584,7 +584,8 @@ async def call_from_workflow(lab: Lab, model: Endpoint) -> Evidence:
     queue = f"{lab.id}-direct"
     url = model.url if model.local else "http://127.0.0.1:9"  # no call is to reach a paid model
     async with lab.worker_process([CallsModel], [], task_queue=queue, **PROMPT):
-        handle = await lab.client.start_workflow(CallsModel.run, url, id=queue, task_queue=queue)
+        # Only the first attempt of a workflow task tells the history why it failed: it must not time out.
+        handle = await lab.client.start_workflow(CallsModel.run, url, id=queue, task_queue=queue, task_timeout=PATIENT)
         await until(lambda: failed_tasks(handle), "the workflow task failed")
         message = (await failed_tasks(handle))[0]
     arrived = len([one for one in model.calls() if one.model == "from-workflow-code"]) if model.local else 0
