@@ -22,12 +22,12 @@ HEADING = re.compile(
     r"^#### (?P<id>[A-Z]{2}-\d\d) (?P<title>.+?) (?P<stars>[★☆]{5}|\?|-)"
     r"(?: (?P<stage>[^,]+))?(?P<closed>, fail-closed)?$"
 )
-QUOTE = re.compile(r"`([^`]*\d[^`]*)`")
+SPAN = re.compile(r"`([^`\n]*)`")
 # A code span that names something instead of quoting a figure: a file, an option, a setting, a command.
 NAME = re.compile(
-    r"^(\d\d_\w+\.py|\d\d|[\w./-]+\.(py|md|json|svg|png|lock|toml|yml)|[A-Z]{2}-\d\d|uv run .*|TMPRL\d+|\[TMPRL\d+\])$"
+    r"^(--[a-z-]+ \d+|\d\d_\w+\.py|\d\d|[\w./-]+\.(py|md|json|svg|png|lock|toml|yml)|[A-Z]{2}-\d\d|uv run .*"
+    r"|TMPRL\d+|\[TMPRL\d+\])$"
 )
-SPOKEN = {"judged": "judged", "inconclusive": "inconclusive", "not_run": "not run"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,11 @@ def rows(report: str, first: str) -> list[list[str]]:
 
 def quotes(text: str) -> list[str]:
     """The figures that a text quotes: its code spans with a digit that do not name something."""
-    return [quote for quote in QUOTE.findall(text) if not NAME.match(quote)]
+    return [span for span in SPAN.findall(text) if is_figure(span)]
+
+
+def is_figure(span: str) -> bool:
+    return re.search(r"\d", span) is not None and not NAME.match(span)
 
 
 def occurs(quote: str, text: str) -> bool:
@@ -206,8 +210,8 @@ def mutations(report: str) -> Iterable[tuple[str, str]]:
         stars = shown[1].count("★")
         other = "★" * (stars % 5 + 1)
         yield shown[0], report[: shown.start(1)] + other.ljust(5, "☆") + report[shown.end(1) :]
-    for quote in QUOTE.finditer(report):
-        if not NAME.match(quote[1]):
+    for quote in SPAN.finditer(report):
+        if is_figure(quote[1]):
             digit = re.search(r"\d", quote[0])
             assert digit
             at = quote.start() + digit.start()
