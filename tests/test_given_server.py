@@ -40,7 +40,7 @@ async def open_and_all(server: Server) -> tuple[int, int]:
         ("04_sg_signals_events.py", "SG-02", 5),
         ("05_vr_versioning.py", "VR-01", 4),
         ("06_cp_compensation.py", "CP-01", 3),
-        ("08_op_operations.py", "OP-05", 4),
+        ("08_op_operations.py", "OP-06", 3),
         ("09_ob_observability.py", "OB-03", 4),
         ("11_ai_agent_integration.py", "AI-02", 4),
     ],
