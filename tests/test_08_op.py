@@ -42,8 +42,8 @@ FALLS = [
     # The backup is made a signal later.
     (
         "OP-03",
-        "await asyncio.to_thread(back_up, file_of(first), copy)",
-        "await handles[0].signal(Inbox.put, 98); await asyncio.to_thread(back_up, file_of(first), copy)",
+        'await asyncio.to_thread(back_up, Path(lab.file("original")), copy)',
+        'await handles[0].signal(Inbox.put, 98); await asyncio.to_thread(back_up, Path(lab.file("original")), copy)',
         3,
     ),
     # Numbers that are lost on the way, and acknowledged.
