@@ -1066,10 +1066,11 @@ async def by_update(lab: Lab, model: Endpoint) -> Evidence:
     # On a busy machine the workflow task that asked the validator may be kept; what was refused never is.
     traces = [one for one in added if not one["eventType"].startswith("EVENT_TYPE_WORKFLOW_TASK_")]
     return works(
-        "approved by update; its validator refuses unauthorised, bad and repeated ones, which leave no event",
+        "approved by update; its validator refuses unauthorised, bad and repeated ones, which leave no trace",
         all(reasons) and not traces and updates == 1 and answer.endswith("paid 20, as ana said")
         and result == "paid 20" and settled(ledger) == ["paid 20"],
-        f"refused: {'; '.join(reasons)}; events added by them: {len(added)}; "
+        f"refused: {'; '.join(reasons)}; events that tell of them: {len(traces)} "
+        f"(beside {len(added) - len(traces)} of the workflow tasks that asked); "
         f"then {answer!r}; updates in the history: {updates}; done: {settled(ledger)}",
     )  # fmt: skip
 
