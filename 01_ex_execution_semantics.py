@@ -6,30 +6,22 @@ running its code again and answering from the history instead of acting again. T
 that promises, what it asks of the code in return, and where it ends.
 """
 
-from common import (
-    Category,
-    Evidence,
+from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from lab import (
     Lab,
     Server,
-    causes,
-    control,
     count_events,
     failed_tasks,
     history_of,
-    holds,
     keywords_in,
-    limit,
     name_of,
-    native,
     note,
     notes,
     refusal,
     run,
     sandbox,
-    side_by_side,
     status_of,
     until,
-    works,
 )
 
 import asyncio

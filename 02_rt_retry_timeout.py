@@ -6,29 +6,21 @@ that they run whether or not a worker lives. The four items ask whether the poli
 each clock fires, what protects a service that is down from its callers, and what a heartbeat adds.
 """
 
-from common import (
-    Category,
+from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from lab import (
     Child,
-    Evidence,
     Lab,
     Server,
-    causes,
-    control,
     count_events,
     event_times,
     history_of,
-    holds,
     keywords_in,
-    limit,
     name_of,
-    native,
     note,
     notes,
     run,
-    side_by_side,
     status_of,
     until,
-    works,
 )
 
 import asyncio

@@ -6,29 +6,21 @@ it does in a plain program, what the server adds to it (a timer without a proces
 of its own), and where the server's limits show through the plain code.
 """
 
-from common import (
-    Category,
-    Evidence,
+from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from lab import (
     Lab,
     Server,
-    causes,
-    control,
     count_events,
     event_times,
     failed_tasks,
     history_of,
-    holds,
-    limit,
     name_of,
-    native,
     note,
     notes,
     refusal,
     run,
-    side_by_side,
     status_of,
     until,
-    works,
 )
 
 import asyncio

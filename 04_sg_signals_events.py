@@ -6,30 +6,21 @@ missing worker nor a crash loses it. The four items ask what that promises for s
 waits for something, what can start one, and how its state is read from outside.
 """
 
-from common import (
-    Category,
-    Evidence,
+from common import Category, Evidence, Target, connect, control, holds, limit, native, side_by_side, works
+from lab import (
     Lab,
-    Target,
-    connect,
-    control,
     count_events,
     event_times,
     failed_tasks,
     free_port,
     history_of,
-    holds,
-    limit,
     name_of,
-    native,
     note,
     notes,
     refusal,
     run,
-    side_by_side,
     status_of,
     until,
-    works,
 )
 
 import asyncio

@@ -6,28 +6,8 @@ The four items ask how the code says which path a run belongs to, how a break is
 deployed, how workers are exchanged under running workflows, and how the stored data follows.
 """
 
-from common import (
-    Category,
-    Evidence,
-    Lab,
-    Server,
-    cited,
-    control,
-    count_events,
-    failed_tasks,
-    holds,
-    limit,
-    name_of,
-    native,
-    note,
-    notes,
-    run,
-    sandbox,
-    side_by_side,
-    status_of,
-    until,
-    works,
-)
+from common import Category, Evidence, cited, control, holds, limit, native, side_by_side, works
+from lab import Lab, Server, count_events, failed_tasks, name_of, note, notes, run, sandbox, status_of, until
 
 import asyncio
 import collections

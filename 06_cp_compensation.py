@@ -6,27 +6,8 @@ be undone, what can be repeated without repeating everything, who may step in, a
 cases are kept until somebody has mended their cause.
 """
 
-from common import (
-    Category,
-    Evidence,
-    Lab,
-    Server,
-    causes,
-    control,
-    count_events,
-    failed_tasks,
-    holds,
-    limit,
-    name_of,
-    native,
-    note,
-    notes,
-    run,
-    side_by_side,
-    status_of,
-    until,
-    works,
-)
+from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from lab import Lab, Server, count_events, failed_tasks, name_of, note, notes, run, status_of, until
 
 import asyncio
 import contextlib

@@ -6,30 +6,8 @@ verdict rests on one: each compares what was measured by turns in one run, most 
 outside Temporal by the activities themselves.
 """
 
-from common import (
-    HERE,
-    Category,
-    Evidence,
-    Lab,
-    Server,
-    Target,
-    causes,
-    connect,
-    control,
-    count_events,
-    holds,
-    limit,
-    name_of,
-    native,
-    note,
-    notes,
-    refusal,
-    run,
-    side_by_side,
-    status_of,
-    until,
-    works,
-)
+from common import HERE, Category, Evidence, Target, causes, connect, control, holds, limit, native, side_by_side, works
+from lab import Lab, Server, count_events, name_of, note, notes, refusal, run, status_of, until
 
 import asyncio
 import contextlib

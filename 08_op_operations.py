@@ -9,32 +9,34 @@ cluster would have to begin.
 
 from common import (
     Category,
-    Child,
     Evidence,
-    Lab,
     NotRun,
-    Server,
     Target,
     cited,
     connect,
     control,
-    count_events,
     find_cli,
-    free_port,
-    history_of,
     holds,
     limit,
-    name_of,
     native,
+    side_by_side,
+    works,
+)
+from lab import (
+    Child,
+    Lab,
+    Server,
+    count_events,
+    free_port,
+    history_of,
+    name_of,
     note,
     notes,
     refusal,
     run,
     run_cli,
-    side_by_side,
     status_of,
     until,
-    works,
 )
 
 import asyncio

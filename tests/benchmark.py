@@ -8,7 +8,8 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("tests")[0] or "..")  # the sandbox, too, imports this file
 
-from common import HERE, Category, Evidence, Lab, control, make_worker, run, works
+from common import HERE, Category, Evidence, control, works
+from lab import Lab, make_worker, run
 
 import importlib
 import statistics

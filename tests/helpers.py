@@ -73,17 +73,22 @@ def evaluate(
     return Verdicts(done.returncode, done.stdout, done.stderr, {one["id"]: one for one in record["items"]}, record)
 
 
-def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], common: Sequence[tuple[str, str]] = ()) -> Path:
+SHARED = [path.name for name in ("common", "lab", "cluster") if (path := ROOT / f"{name}.py").exists()]
+
+
+def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Sequence[tuple[str, str]] = ()) -> Path:
     """A copy of a script in which texts are replaced: the feature taken out, or a platform that lies.
 
-    `common` are replacements in common.py. Each text must be there, or the test has lost its point.
+    `shared` are replacements in the files that scripts share. Each text must be there, or the test has lost its point.
     """
-    for name, pairs in ((script.name, changes), ("common.py", common)):
+    for name, pairs in ((script.name, changes), *((name, shared) for name in SHARED)):
         text = (ROOT / name).read_text(encoding="utf-8")
         for old, new in pairs:
-            assert old in text, f"{name} no longer holds {old!r}"
+            assert name in SHARED or old in text, f"{name} no longer holds {old!r}"
             text = text.replace(old, new)
         (tmp_path / name).write_text(text, encoding="utf-8")
+    for old, _ in shared:
+        assert any(old in (ROOT / name).read_text(encoding="utf-8") for name in SHARED), f"nothing shared holds {old!r}"
     return tmp_path / script.name
 
 
@@ -115,7 +120,7 @@ def not_run(item: Mapping[str, Any]) -> set[str]:
 
 
 def tiny(tmp_path: Path) -> Path:
-    """The tiny script beside a copy of common.py, as if it were a numbered one."""
-    for name in ("common.py", "tests/tiny.py"):
+    """The tiny script beside a copy of what scripts share, as if it were a numbered one."""
+    for name in (*SHARED, "tests/tiny.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path / "tiny.py"

@@ -61,7 +61,7 @@ def a_model(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def a_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A Temporal server that keeps its histories in a file. Yields its address and the file."""
     sys.path.insert(0, str(ROOT))
-    from common import free_port
+    from lab import free_port
 
     port, file = free_port(), tmp_path / "histories.sqlite"
     cli = Path(sys.executable).with_name("temporal")

@@ -1,6 +1,7 @@
 """Whatever is given wrong: exit status 2, one plain sentence that says what to change, and no secret in it."""
 
-from common import CONNECTION_TROUBLE, Guard, Server, explain_connection, find_cli
+from common import CONNECTION_TROUBLE, explain_connection, find_cli
+from lab import Guard, Server
 
 import asyncio
 import concurrent.futures

@@ -1,6 +1,7 @@
 """A server that the user names: untuned, with a namespace of its own. It is used, and left as it was."""
 
-from common import Guard, Server, connect, find_cli
+from common import connect, find_cli
+from lab import Guard, Server
 
 import asyncio
 from collections.abc import Iterator

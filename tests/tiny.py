@@ -3,7 +3,8 @@
 Its items end in every way an item can end. TINY names the folder for its signs of life.
 """
 
-from common import Category, Evidence, Lab, NotRun, cited, control, holds, limit, native, note, run, works
+from common import Category, Evidence, NotRun, cited, control, holds, limit, native, works
+from lab import Lab, note, run
 
 import asyncio
 import os
