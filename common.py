@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import fcntl
 import functools
 import inspect
 import io
@@ -32,14 +33,16 @@ import re
 import secrets
 import statistics
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, Protocol, TextIO, get_args
 
 import dotenv
 import dotenv.parser
+import pydantic_core
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -533,6 +536,79 @@ def _reason(of: Mapping[str, Sequence[Evidence]], earned: int, stars: int) -> st
 
 # 3. Running and output -------------------------------------------------------------------------------
 
+REFERENCE = 50.0  # million turns of the loop below a second: two quiet cores, Python 3.11
+SLOW = 4.0  # from here on a loss cannot be told from slowness
+STALL = 1.0  # seconds: a tick that comes so late took the processor from what was tried
+SPEED = "EVALUATION_SPEED"  # the variable that tells a script's processes how slow the machine is
+ROOM = "EVALUATION_ROOM"  # the variable that names the folder of the locks for items that run alone
+
+
+def measure_slowness(seconds: float = 0.2) -> float:
+    """How many times slower than the reference this machine is now, other programs' share included."""
+    begun, turns = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begun) < seconds:
+        for _ in range(1000):
+            turns += 1
+    return REFERENCE * 1e6 * passed / turns
+
+
+def slowness() -> float:
+    """The factor by which patience and short product timeouts grow: 1 on a machine that is quick enough."""
+    return max(1.0, float(os.environ.get(SPEED, 1)))
+
+
+class Ticker:
+    """Notices that the machine starved this process: a thread that wants to wake twenty times a second."""
+
+    def __init__(self) -> None:
+        self.at_start = measure_slowness()
+        os.environ[SPEED] = f"{self.at_start:.2f}"
+        self._late: list[tuple[float, float]] = []  # (when, seconds too late)
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def starved_since(self, begun: float) -> str | None:
+        """In what way the machine was too slow since `begun` (time.monotonic) to blame anything else; or None."""
+        stall = max((late for when, late in self._late if when >= begun), default=0)
+        if stall > STALL:
+            return f"this process stood still for {stall:.1f} s"
+        now = max(measure_slowness(), self.at_start)
+        return f"the machine was {now:.1f} times slower than usual" if now > SLOW else None
+
+    def _tick(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(0.05)
+            now = time.monotonic()
+            if now - last > STALL / 2:
+                self._late.append((now, now - last))
+            last = now
+
+
+class Room:
+    """The place in which items run: many together, or one that measures alone, over all scripts of a run.
+
+    Without a folder it is this script's own; run_all.py names one. Two locks make it fair: who waits at the
+    door holds back those who come later.
+    """
+
+    def __init__(self, places: int) -> None:
+        named = os.environ.get(ROOM)
+        self._folder = Path(named) if named else None
+        self._places = asyncio.Semaphore(places)
+
+    @contextlib.asynccontextmanager
+    async def enter(self, alone: bool) -> AsyncIterator[None]:
+        async with self._places:
+            if self._folder is None:
+                yield
+                return
+            with open(self._folder / "door", "ab") as door, open(self._folder / "room", "ab") as room:
+                await asyncio.to_thread(fcntl.flock, door, fcntl.LOCK_EX)
+                await asyncio.to_thread(fcntl.flock, room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+                fcntl.flock(door, fcntl.LOCK_UN)
+                yield
+
+
 SIDE_BY_SIDE = 2 * (os.cpu_count() or 1)  # items at a time: they wait more than they compute
 Demonstration = Callable[[Any], AsyncIterator[Evidence]]  # it is given a Lab
 
@@ -545,7 +621,8 @@ class Item:
     title: str
     demonstrate: Demonstration
     fail_closed: bool = False
-    seconds: float = 90  # bound; a demonstration that takes longer is inconclusive
+    seconds: float = 90  # bound on a quick machine; a demonstration that takes longer is inconclusive
+    alone: bool = False  # its evidence is a duration, so that nothing else runs beside it
 
 
 class Category:
@@ -563,12 +640,16 @@ class Category:
         self.items: list[Item] = []
 
     def item(
-        self, id: str, title: str, *, fail_closed: bool = False, seconds: float = 90
+        self, id: str, title: str, *, fail_closed: bool = False, seconds: float = 90, alone: bool = False
     ) -> Callable[[Demonstration], Demonstration]:
-        """Register an async generator of evidence. `fail_closed`: below four stars it caps the overall rating."""
+        """Register an async generator of evidence.
+
+        `fail_closed`: below four stars it caps the overall rating. `seconds`: its bound on a quick machine.
+        `alone`: its evidence is a duration, so that no other item, of any script, may run beside it.
+        """
 
         def register(demonstrate: Demonstration) -> Demonstration:
-            self.items.append(Item(id, title, demonstrate, fail_closed, seconds))
+            self.items.append(Item(id, title, demonstrate, fail_closed, seconds, alone))
             return demonstrate
 
         return register
@@ -593,7 +674,13 @@ class Result:
     def as_json(self) -> dict[str, Any]:
         """One entry of "items" in the JSON file."""
         evidence = [
-            {key: value for key, value in asdict(one).items() if key in ("kind", "claim", "held", "measured")}
+            {
+                "kind": one.kind,
+                "claim": one.claim,
+                "held": one.held,
+                "measured": redacted(one.measured),
+                "facts": [fact_as_json(name, fact) for name, fact in one.facts.items()],
+            }
             for one in self.evidence
         ]
         return {
@@ -614,6 +701,12 @@ class Result:
         if self.item.fail_closed:
             return (self.verdict.stars or 0) >= 4
         return self.verdict.outcome != "inconclusive"
+
+
+def fact_as_json(name: str, fact: Fact) -> dict[str, Any]:
+    """One entry of "facts" in the JSON file."""
+    measured = pydantic_core.to_jsonable_python(fact.measured, fallback=words, inf_nan_mode="strings")
+    return {"name": name, "measured": measured, "expected": fact.expected, "held": fact.held}
 
 
 async def side_by_side(*parts: Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]) -> AsyncIterator["Evidence"]:
@@ -660,7 +753,7 @@ class Session(Protocol):
         """End every process of ours."""
 
 
-async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence], None]) -> Result:
+async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence], None], ticker: Ticker) -> Result:
     """Run one demonstration within its bound; whatever it does, there is a result."""
     evidence: list[Evidence] = []
 
@@ -672,18 +765,21 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
 
     begun = time.monotonic()
     task = asyncio.create_task(gather())
-    await asyncio.wait({task}, timeout=item.seconds)
+    bound = item.seconds * slowness()
+    await asyncio.wait({task}, timeout=bound)
     if task.done():
-        verdict = verdict_of(evidence, task.exception())
+        lost = any(one.held is False for one in evidence)
+        starved = await asyncio.to_thread(ticker.starved_since, begun) if lost else None
+        verdict = verdict_of(evidence, task.exception(), starved)
     else:
-        verdict = judge(evidence, f"no end within {item.seconds:g} s, after {len(evidence)} pieces of evidence")
+        verdict = judge(evidence, f"no end within {bound:.0f} s, after {len(evidence)} pieces of evidence")
         task.cancel()
         await asyncio.wait({task}, timeout=10)  # its processes end with the session if it does not end now
     evidence.sort(key=lambda one: get_args(Kind).index(one.kind))  # as a reader asks; it came as it came
     return Result(item, verdict, evidence, time.monotonic() - begun)
 
 
-def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Verdict:
+def verdict_of(evidence: Sequence[Evidence], error: BaseException | None, starved: str | None) -> Verdict:
     """judge(), for a demonstration that ended with `error` or without."""
     if isinstance(error, NotRun):
         return Verdict("not_run", None, str(error))
@@ -691,7 +787,7 @@ def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Ver
         raise error
     if error is not None:
         logging.getLogger("evaluation").error("a demonstration failed", exc_info=error)
-    return judge(evidence, describe_error(error) if error else None)
+    return judge(evidence, describe_error(error) if error else None, starved)
 
 
 def describe_error(error: BaseException) -> str:
@@ -722,8 +818,10 @@ class Screen:
         facts = session.environment
         self.line(f"{self.category.id}  {self.category.title}", "bold")
         self.line(self.category.question, "italic")
-        where = f"{facts['where']} {session.address}, Temporal {facts['server']}; SDK {facts['sdk']}"
-        self.line(f"{where}, Python {facts['python']}, {facts['cpus']} cores; seed {session.seed}", "dim")
+        where = f"{facts['where']} {session.address}, Temporal {facts['server']}"
+        with_what = f"SDK {facts['sdk']}, Python {facts['python']}, {facts['cpus']} cores"
+        speed = f"{facts['speed']:.1f} times as slow as the reference machine"
+        self.line(f"{where}; {with_what}, {speed}; seed {session.seed}", "dim")
         if self._live:
             self._live.start()
 
@@ -942,9 +1040,10 @@ async def _main(
     """
     stopped = stop_signals()
     screen = Screen(category)
+    ticker = Ticker()
     session = new_session(options)
     try:
-        work = asyncio.create_task(_evaluate(options, session, screen))
+        work = asyncio.create_task(_evaluate(options, session, screen, ticker))
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             leave_with = work.result()
@@ -976,27 +1075,25 @@ def refuse(error: Unusable) -> int:
     return 2
 
 
-async def _evaluate(options: argparse.Namespace, session: Session, screen: Screen) -> int:
-    """Run the chosen items side by side. Returns the exit status."""
+async def _evaluate(options: argparse.Namespace, session: Session, screen: Screen, ticker: Ticker) -> int:
+    """Run the chosen items side by side, and those that measure alone after them. Returns the exit status."""
     begun = time.monotonic()
     await session.open()
+    session.environment["speed"] = round(ticker.at_start, 2)
     screen.open(session)
-
-    places = asyncio.Semaphore(screen.category.at_once)
-
-    async def one(item: Item) -> Result:
-        async with places:
-            return await shown(item)
+    room = Room(screen.category.at_once)
 
     async def shown(item: Item) -> Result:
-        screen.begin(item)
-        result = await run_item(item, session, screen.see)
-        screen.end(result)
-        return result
+        async with room.enter(item.alone):
+            screen.begin(item)
+            result = await run_item(item, session, screen.see, ticker)
+            screen.end(result)
+            return result
 
     # Those that are given more time take more of it: they begin first, so that they do not end last.
-    begun_first = sorted(options.chosen, key=lambda item: -item.seconds)
-    found = await asyncio.gather(*(one(item) for item in begun_first))
+    together = sorted((item for item in options.chosen if not item.alone), key=lambda item: -item.seconds)
+    found = list(await asyncio.gather(*(shown(item) for item in together)))
+    found += [await shown(item) for item in options.chosen if item.alone]
     results = sorted(found, key=lambda result: options.chosen.index(result.item))
     left = await session.tidy()
     screen.summary(results, session, time.monotonic() - begun)

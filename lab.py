@@ -21,6 +21,7 @@ from common import (
     leave,
     redacted,
     sdk_version,
+    slowness,
     user_settings,
 )
 
@@ -633,8 +634,10 @@ def notes(path: str) -> list[str]:
 async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
     """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
 
-    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after `seconds`.
+    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after
+    `seconds`, which grow on a slow machine.
     """
+    seconds *= slowness()
     begun = time.monotonic()
     while True:
         met = condition()
