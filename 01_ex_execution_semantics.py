@@ -7,6 +7,7 @@ that promises, what it asks of the code in return, and where it ends.
 """
 
 from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from faults import note, notes
 from lab import (
     Lab,
     Server,
@@ -15,8 +16,6 @@ from lab import (
     history_of,
     keywords_in,
     name_of,
-    note,
-    notes,
     refusal,
     run,
     sandbox,

@@ -7,21 +7,8 @@ each clock fires, what protects a service that is down from its callers, and wha
 """
 
 from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
-from lab import (
-    Child,
-    Lab,
-    Server,
-    count_events,
-    event_times,
-    history_of,
-    keywords_in,
-    name_of,
-    note,
-    notes,
-    run,
-    status_of,
-    until,
-)
+from faults import note, notes
+from lab import Child, Lab, Server, count_events, event_times, history_of, keywords_in, name_of, run, status_of, until
 
 import asyncio
 import inspect

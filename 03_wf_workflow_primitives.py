@@ -7,6 +7,7 @@ of its own), and where the server's limits show through the plain code.
 """
 
 from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from faults import note, notes
 from lab import (
     Lab,
     Server,
@@ -15,8 +16,6 @@ from lab import (
     failed_tasks,
     history_of,
     name_of,
-    note,
-    notes,
     refusal,
     run,
     status_of,

@@ -7,6 +7,7 @@ waits for something, what can start one, and how its state is read from outside.
 """
 
 from common import Category, Evidence, Target, connect, control, holds, limit, native, side_by_side, works
+from faults import note, notes
 from lab import (
     Lab,
     count_events,
@@ -15,8 +16,6 @@ from lab import (
     free_port,
     history_of,
     name_of,
-    note,
-    notes,
     refusal,
     run,
     status_of,

@@ -7,7 +7,8 @@ deployed, how workers are exchanged under running workflows, and how the stored 
 """
 
 from common import Category, Evidence, cited, control, holds, limit, native, side_by_side, works
-from lab import Lab, Server, count_events, failed_tasks, name_of, note, notes, run, sandbox, status_of, until
+from faults import note, notes
+from lab import Lab, Server, count_events, failed_tasks, name_of, run, sandbox, status_of, until
 
 import asyncio
 import collections

@@ -7,7 +7,8 @@ cases are kept until somebody has mended their cause.
 """
 
 from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
-from lab import Lab, Server, count_events, failed_tasks, name_of, note, notes, run, status_of, until
+from faults import note, notes
+from lab import Lab, Server, count_events, failed_tasks, name_of, run, status_of, until
 
 import asyncio
 import contextlib

@@ -7,7 +7,8 @@ outside Temporal by the activities themselves.
 """
 
 from common import HERE, Category, Evidence, Target, causes, connect, control, holds, limit, native, side_by_side, works
-from lab import Lab, Server, count_events, name_of, note, notes, refusal, run, status_of, until
+from faults import note, notes
+from lab import Lab, Server, count_events, name_of, refusal, run, status_of, until
 
 import asyncio
 import contextlib

@@ -22,6 +22,7 @@ from common import (
     side_by_side,
     works,
 )
+from faults import note, notes
 from lab import (
     Child,
     Lab,
@@ -30,8 +31,6 @@ from lab import (
     free_port,
     history_of,
     name_of,
-    note,
-    notes,
     refusal,
     run,
     run_cli,

@@ -7,7 +7,8 @@ of them says with what really ran, which is counted outside Temporal.
 """
 
 from common import HERE, Category, Evidence, Target, connect, control, holds, limit, native, side_by_side, works
-from lab import Lab, Server, count_events, event_times, free_port, history_of, make_worker, note, notes, run, until
+from faults import note, notes
+from lab import Lab, Server, count_events, event_times, free_port, history_of, make_worker, run, until
 
 import asyncio
 import base64

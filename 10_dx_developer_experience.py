@@ -22,6 +22,7 @@ from common import (
     side_by_side,
     works,
 )
+from faults import note, notes
 from lab import (
     Child,
     Lab,
@@ -32,8 +33,6 @@ from lab import (
     history_of,
     make_worker,
     name_of,
-    note,
-    notes,
     refusal,
     run,
     sandbox,

@@ -24,6 +24,7 @@ from common import (
     side_by_side,
     works,
 )
+from faults import note, notes
 from lab import (
     Child,
     Lab,
@@ -34,8 +35,6 @@ from lab import (
     keywords_in,
     make_worker,
     name_of,
-    note,
-    notes,
     run,
     sandbox,
     status_of,

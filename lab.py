@@ -14,6 +14,7 @@ from common import (
     NotRun,
     Target,
     Unusable,
+    causes,
     connect,
     connect_to_user_server,
     evaluate,
@@ -24,6 +25,7 @@ from common import (
     slowness,
     user_settings,
 )
+from faults import Call, Fault, Outside, calls_in
 
 import argparse
 import asyncio
@@ -42,6 +44,7 @@ import random
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -59,7 +62,7 @@ from typing import Any, NoReturn
 
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
@@ -292,9 +295,12 @@ def make_worker(
     return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
 
 
+HARNESS = ("common", "lab", "faults", "cluster")
+
+
 def sandbox() -> SandboxedWorkflowRunner:
     """The SDK's default sandbox, but for the harness, which is not workflow code."""
-    return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules("common", "lab"))
+    return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules(*HARNESS))
 
 
 def keep_bytecode(folder: Path) -> None:
@@ -463,6 +469,63 @@ def _live(function: Callable[..., Any], arguments: Sequence[Any]) -> NoReturn:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """How a run ended: its status such as "COMPLETED", its result, and the last cause of its failure in words."""
+
+    status: str
+    result: Any = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.why}" if self.why else self.status
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """What came of a worker killed and another that took over.
+
+    `seconds` from SIGKILL to the end of the run; the activity calls begun before the kill, and after it.
+    """
+
+    handle: WorkflowHandle[Any, Any]
+    ending: Ending
+    seconds: float
+    before: Sequence[Call]
+    after: Sequence[Call]
+
+
+class Books:
+    """An outside system: enters every key once, in a SQLite file that survives its users.
+
+    For an activity that is handed what it works with: synchronous, and picklable.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._do("CREATE TABLE IF NOT EXISTS entries (key TEXT UNIQUE, amount INTEGER)")
+
+    def book(self, key: str, amount: int) -> bool:
+        """Enter an amount under a key. Returns False where the key was entered before."""
+        return self._do("INSERT OR IGNORE INTO entries VALUES (?, ?)", key, amount) > 0
+
+    def reverse(self, key: str) -> bool:
+        """Enter the opposite of what was entered under a key, once. Returns whether there was anything to reverse."""
+        return (
+            self._do("INSERT OR IGNORE INTO entries SELECT key || ' undone', -amount FROM entries WHERE key = ?", key)
+            > 0
+        )
+
+    def amounts(self) -> list[int]:
+        """What was entered, oldest first."""
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            return [int(one) for (one,) in connection.execute("SELECT amount FROM entries ORDER BY rowid")]
+
+    def _do(self, statement: str, *values: object) -> int:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+            return connection.execute(statement, values).rowcount
+
+
+@dataclass(frozen=True)
 class Finished:
     """How a command ended."""
 
@@ -499,10 +562,18 @@ class Lab:
         *,
         server: Server | None = None,
         task_queue: str | None = None,
+        faults: Sequence[Fault] = (),
+        shortened: Mapping[str, Mapping[str, Any]] | None = None,
+        watched: bool = True,
         **options: Any,
     ) -> Worker:
-        """A worker in this process; use it with `async with`. Options are those of temporalio's Worker."""
+        """A worker in this process; use it with `async with`. Other options are those of temporalio's Worker.
+
+        `faults` are put into its activities, and `shortened` gives these other timeouts (see faults.py). Its
+        activity calls are in calls(), unless it is not `watched`.
+        """
         client = options.pop("client", server.client if server else self.client)
+        self._watch(options, faults, shortened, watched)
         return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
 
     @contextlib.asynccontextmanager
@@ -515,9 +586,13 @@ class Lab:
         task_queue: str | None = None,
         fresh: bool = False,
         connect_options: Mapping[str, Any] | None = None,
+        faults: Sequence[Fault] = (),
+        shortened: Mapping[str, Mapping[str, Any]] | None = None,
+        watched: bool = True,
         **options: Any,
     ) -> AsyncIterator[Child]:
-        """A worker in a process of its own, which may be killed, and is on leaving the block."""
+        """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker()."""
+        self._watch(options, faults, shortened, watched)
         parts = {"workflows": workflows, "activities": activities, **options}
         target = server.target if server else self._session.target
         async with self.process(
@@ -526,6 +601,71 @@ class Lab:
             yield child
             if not child.alive and not child.killed and await child.wait() == 1:
                 raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
+
+    def _watch(
+        self,
+        options: dict[str, Any],
+        faults: Sequence[Fault],
+        shortened: Mapping[str, Mapping[str, Any]] | None,
+        watched: bool,
+    ) -> None:
+        if watched:
+            outside = Outside(self.file("calls"), faults, shortened or {})
+            options["interceptors"] = [*options.get("interceptors", ()), outside]
+
+    def calls(self, workflow: str = "", what: str = "begun") -> list[Call]:
+        """The activity calls that workers of this item have begun (or "ended"), of one workflow's id or of all."""
+        every = calls_in(self.file("calls"))
+        return [call for call in every if call.what == what and workflow in ("", call.workflow)]
+
+    def gate(self, name: str = "") -> str:
+        """The path of a file that is not there yet, for faults that wait for it; open_gate() makes it."""
+        return self.file(f"{name or uuid.uuid4().hex[:8]}.gate")
+
+    async def start(self, run: Any, *arguments: Any, name: str = "", **options: Any) -> WorkflowHandle[Any, Any]:
+        """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named."""
+        given: dict[str, Any] = {"id": f"{self.id}-{name}" if name else self.id, "task_queue": self.task_queue}
+        handle: WorkflowHandle[Any, Any] = await self.client.start_workflow(run, args=arguments, **(given | options))
+        return handle
+
+    async def answer(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Any:
+        """What a module-level function returns in a process of its own, as JSON. It may be async."""
+        path = self.file(f"{uuid.uuid4().hex[:8]}.json")
+        async with self.process(_answer, path, function, arguments) as child:
+            status = await child.wait(seconds * slowness())
+        if status != 0:
+            raise RuntimeError(f"{function.__name__} ended with status {status}: {tail(self._session.log)}")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+    async def take_over(
+        self,
+        run: Any,
+        *arguments: Any,
+        name: str,
+        parts: Mapping[str, Any],
+        point: Callable[[], object],
+        meanwhile: Callable[[], object] | None = None,
+        **options: Any,
+    ) -> "TakeOver":
+        """The commonest drama: start a workflow, SIGKILL its worker at a point, and let another take over.
+
+        `parts` are arguments of worker_process() for both workers; `point` is waited for with until(), and
+        `meanwhile` is called when no worker is left. `options` are those of start().
+        """
+        queue = f"{self.id}-{name}"
+        parts = {"task_queue": queue, **parts}
+        handle = await self.start(run, *arguments, name=name, task_queue=queue, **options)
+        async with self.worker_process(**parts) as worker:
+            await until(point, f"{name} came to the point of the kill")
+            await worker.kill()
+        killed, before = time.monotonic(), len(self.calls(handle.id))
+        if meanwhile:
+            met = meanwhile()
+            await met if inspect.isawaitable(met) else None
+        async with self.worker_process(**parts):
+            how = await ended(handle)
+        calls = self.calls(handle.id)
+        return TakeOver(handle, how, time.monotonic() - killed, calls[:before], calls[before:])
 
     @contextlib.asynccontextmanager
     async def process(
@@ -589,6 +729,18 @@ class Lab:
         return await run_cli(self._session.cli, target, arguments, seconds)
 
 
+async def _answer(path: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """The life of a process that answers: call the function, and leave what it returns in a file."""
+    result = function(*arguments)
+    answer = await result if inspect.isawaitable(result) else result
+    Path(path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def open_gate(path: str) -> None:
+    """Let what waits at a gate go on."""
+    Path(path).touch()
+
+
 async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
     """Run a `temporal` command. A server of the user's is reached through the same settings as by the SDK."""
     environment = dict(os.environ)
@@ -610,25 +762,6 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
 
 
 # 4. Looking: the ledger, bounded waits, and what the server says -------------------------------------
-
-
-def note(path: str, entry: str) -> None:
-    """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
-
-    One write to a file opened for appending is atomic, so that several processes may share a ledger,
-    and what was written stays when the writer is killed the moment after.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, f"{entry}\n".encode())
-    finally:
-        os.close(descriptor)
-
-
-def notes(path: str) -> list[str]:
-    """The lines of a ledger, oldest first; none when nothing was noted yet."""
-    file = Path(path)
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
 async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
@@ -656,6 +789,39 @@ def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> 
         tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(thing)).readline)
         found += [f"{one.string} in {thing.__qualname__}" for one in tokens if one.string in keywords]
     return found
+
+
+async def ended(handle: WorkflowHandle[Any, Any], seconds: float = 60) -> Ending:
+    """Wait until a run is closed, and say how. Raises TimeoutError after `seconds`, which grow on a slow machine."""
+    result, why = None, ""
+    try:
+        async with asyncio.timeout(seconds * slowness()):
+            result = await handle.result()
+    except WorkflowFailureError as error:
+        last = causes(error)[-1]
+        why = f"{type(last).__name__}: {last}"
+    except TimeoutError:
+        raise TimeoutError(f"{handle.id} did not end within {seconds * slowness():.0f} s") from None
+    return Ending(name_of(await status_of(handle)), result, why)
+
+
+def outline(history: WorkflowHistory, *, without: str = "WorkflowTask") -> str:
+    """A run's events as a block of text, one a line, as the history reads, such as "ActivityTaskScheduled book".
+
+    Events whose names begin with `without` are left out.
+    """
+    lines = []
+    for event in history.events:
+        name = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_").title().replace("_", "")
+        attributes = getattr(event, str(event.WhichOneof("attributes")))
+        details = [
+            getattr(value, "name", getattr(value, "message", value))
+            for field in ("activity_type", "workflow_type", "signal_name", "timer_id", "failure")
+            if (value := getattr(attributes, field, None))
+        ]
+        if not (without and name.startswith(without)):
+            lines.append(" ".join([name, *map(str, details)]))
+    return "\n".join(lines)
 
 
 async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:

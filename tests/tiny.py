@@ -4,7 +4,8 @@ Its items end in every way an item can end. TINY names the folder for its signs 
 """
 
 from common import Category, Evidence, NotRun, cited, control, holds, limit, native, works
-from lab import Lab, note, run
+from faults import note
+from lab import Lab, run
 
 import asyncio
 import os
