@@ -18,6 +18,8 @@ if Path(sys.argv[0]).resolve().parent == HERE:
     # at once instead of printing a traceback from the middle of an import. Nothing is running yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from lesson import copy_of, lessons_of
+
 import argparse
 import asyncio
 import collections
@@ -268,7 +270,14 @@ class Spread:
 
     def __str__(self) -> str:
         """Such as "12 ms (10 to 15, 20 times)"."""
+        if self.times == 1:
+            return f"{words(self.median)} {self.unit}"
         return f"{self.median:.3g} {self.unit} ({self.low:.3g} to {self.high:.3g}, {self.times} times)"
+
+
+def figure(value: float, unit: str) -> Spread:
+    """A figure measured once, in `unit`."""
+    return Spread.of([value], unit)
 
 
 def words(value: Any) -> str:
@@ -968,6 +977,8 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     """The command line of a numbered script. Exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=f"{category.id}, {category.title}: {category.question}")
     parser.add_argument("items", nargs="*", metavar="ITEM", help="run only these, such as " + category.items[0].id)
+    parser.add_argument("--list", action="store_true", help="name the items, and whether their lessons can be copied")
+    parser.add_argument("--copy", metavar="ITEM", help="write the lesson of ITEM as a file that runs on its own")
     parser.add_argument("--json", metavar="FILE", help="write the verdicts and their evidence to FILE")
     parser.add_argument("--keep-open", action="store_true", help="leave the embedded server and its Web UI up")
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
@@ -977,7 +988,8 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     options = parser.parse_args(arguments)
     known = {item.id: item for item in category.items}
-    wrong = [name for name in options.items if name.upper() not in known]
+    asked = [*options.items, *([options.copy] if options.copy else [])]
+    wrong = [name for name in asked if name.upper() not in known]
     if wrong:
         raise Unusable(f"There is no item {', '.join(wrong)} here: choose from {', '.join(known)}.")
     asked = [name.upper() for name in options.items]
@@ -985,6 +997,33 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     for option in ("json", "log"):
         check_writable(option, getattr(options, option))
     return options
+
+
+def script_of(category: Category) -> Path:
+    """The script that declares a category."""
+    return Path(inspect.getsourcefile(category.items[0].demonstrate) or sys.argv[0])
+
+
+def listing(category: Category) -> str:
+    """A line an item: its id, its title, how it is run, and how long the lesson is that --copy writes."""
+    path = script_of(category)
+    lessons = lessons_of(path.read_text(encoding="utf-8"))
+    lines = []
+    for item in category.items:
+        lesson = lessons.get(item.id)
+        notes = ["fail-closed"] if item.fail_closed else []
+        notes += ["runs alone"] if item.alone else []
+        notes += [f"lesson of {lesson.last - lesson.first + 1} lines"] if lesson and lesson.example else []
+        lines.append(f"{item.id}  {item.title}" + (f" ({', '.join(notes)})" if notes else ""))
+    return "\n".join(lines) + "\n"
+
+
+def copy(category: Category, item: str) -> str:
+    """The lesson of an item as a file of its own. Raises Unusable where it has none that can be copied."""
+    text = copy_of(script_of(category), item.upper())
+    if text is None:
+        raise Unusable(f"{item.upper()} has no lesson that stands on its own: read its section of the script.")
+    return text
 
 
 def check_writable(option: str, path: str | None) -> None:
@@ -1010,6 +1049,9 @@ def evaluate(category: Category, new_session: Callable[[argparse.Namespace], Ses
     try:
         load_settings()
         options = parse(category, sys.argv[1:])
+        if options.list or options.copy:
+            print(listing(category) if options.list else copy(category, options.copy), end="")
+            leave(0)
         asyncio.run(_main(category, options, new_session))
     except Unusable as error:
         leave(refuse(error))

@@ -18,16 +18,17 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from temporalio import activity, workflow
 from temporalio.converter import AdvancedJSONEncoder
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, CancelledError
 from temporalio.worker import (
     ActivityInboundInterceptor,
+    ActivityOutboundInterceptor,
     ExecuteActivityInput,
     Interceptor,
     StartActivityInput,
@@ -63,12 +64,12 @@ def notes(path: str) -> list[str]:
 class Call:
     """One call of an activity, as the ledger has it.
 
-    `what` is "begun", written before anything else happens, or "ended", written when the activity has
-    returned and before the server is told. `argument` is the first one, as JSON has it (None where it is
+    `what` is "begun", written before anything else happens, then "ended" or "failed", written when the activity
+    has returned or raised and before the server is told. `argument` is the first one, as JSON has it (None where it is
     larger than LARGEST), `attempt` counts from 1, `at` is in seconds of the wall clock.
     """
 
-    what: Literal["begun", "ended"]
+    what: Literal["begun", "ended", "failed"]
     activity: str
     argument: Any
     workflow: str
@@ -89,6 +90,8 @@ def calls_in(path: str) -> list[Call]:
 # Faults ----------------------------------------------------------------------------------------------
 
 EVERY = 10**9
+What = Literal["begun", "ended", "failed"]
+Beat = Callable[[], None]
 Does = Literal["refuse", "fail", "hold", "slow", "die before", "die", "withhold", "never answer"]
 
 
@@ -133,7 +136,10 @@ def fail(activity: str, times: int, *values: Any, why: str = "failed from outsid
 
 
 def hold(activity: str, gate: str, *values: Any, silent: bool = False, **fields: Any) -> Fault:
-    """The call waits, before it has any effect, until the file `gate` is there. It heartbeats unless `silent`."""
+    """The call waits, before it has any effect, until the file `gate` is there, or for ever where `gate` is empty.
+
+    It heartbeats, and so can be cancelled, unless `silent`.
+    """
     return Fault("hold", activity, values, fields, gate=gate, silent=silent)
 
 
@@ -162,32 +168,34 @@ def die_before(activity: str, *values: Any, times: int = 1, **fields: Any) -> Fa
     return Fault("die before", activity, values, fields, attempts=times)
 
 
-async def _shut(fault: Fault) -> None:
-    """Wait until the gate is open, or for ever where there is none."""
+async def _shut(fault: Fault, beat: Beat) -> None:
+    """Wait until the gate is open, or for ever where there is none. A cancellation ends it."""
     while not (fault.gate and Path(fault.gate).exists()):
+        if activity.is_cancelled():  # where the activity runs in a thread, nothing else tells us here
+            raise CancelledError("cancelled from outside")
         if not fault.silent:
-            activity.heartbeat()
+            beat()
         await asyncio.sleep(0.05)
 
 
-async def _before(fault: Fault) -> None:
+async def _before(fault: Fault, beat: Beat) -> None:
     """What a fault does to a call that has no effect yet."""
     if fault.does in ("refuse", "fail"):
         raise ApplicationError(fault.why, non_retryable=fault.does == "refuse")
     if fault.does == "die before":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.does == "hold":
-        await _shut(fault)
+        await _shut(fault, beat)
     if fault.does == "slow":
         await asyncio.sleep(fault.seconds)
 
 
-async def _after(fault: Fault) -> None:
+async def _after(fault: Fault, beat: Beat) -> None:
     """What a fault does to a call that has had its effect, and is about to answer."""
     if fault.does == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.does in ("withhold", "never answer"):
-        await _shut(fault)
+        await _shut(fault, beat)
 
 
 # The interceptor -------------------------------------------------------------------------------------
@@ -224,24 +232,33 @@ class _Activities(ActivityInboundInterceptor):
         super().__init__(next)
         self._outside = outside
 
+    def init(self, outbound: ActivityOutboundInterceptor) -> None:
+        # activity.heartbeat() would wait for this very loop where the activity runs in a thread.
+        self._outbound = outbound
+        super().init(outbound)
+
     async def execute_activity(self, input: ExecuteActivityInput) -> Any:
         info = activity.info()
-        workflow_id = info.workflow_id or ""
+        workflow_id, beat = info.workflow_id or "", self._outbound.heartbeat
         faults = [
             fault
             for fault in self._outside.faults
             if fault.meets(info.activity_type, input.args, workflow_id, info.attempt)
         ]
         self._note("begun", info, input)
-        for fault in faults:
-            await _before(fault)
-        result = await self.next.execute_activity(input)
+        try:
+            for fault in faults:
+                await _before(fault, beat)
+            result = await self.next.execute_activity(input)
+        except BaseException:
+            self._note("failed", info, input)
+            raise
         self._note("ended", info, input)
         for fault in faults:
-            await _after(fault)
+            await _after(fault, beat)
         return result
 
-    def _note(self, what: Literal["begun", "ended"], info: activity.Info, input: ExecuteActivityInput) -> None:
+    def _note(self, what: What, info: activity.Info, input: ExecuteActivityInput) -> None:
         argument = json.dumps(input.args[0] if input.args else None, cls=_Argument)
         call = Call(
             what=what,

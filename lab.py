@@ -63,6 +63,7 @@ from typing import Any, NoReturn
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
+from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
@@ -470,7 +471,7 @@ def _live(function: Callable[..., Any], arguments: Sequence[Any]) -> NoReturn:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: its status such as "COMPLETED", its result, and the last cause of its failure in words."""
+    """How a run ended: status such as "COMPLETED", result, and the causes of its failure, the first one last."""
 
     status: str
     result: Any = None
@@ -505,24 +506,32 @@ class Books:
         self._do("CREATE TABLE IF NOT EXISTS entries (key TEXT UNIQUE, amount INTEGER)")
 
     def book(self, key: str, amount: int) -> bool:
-        """Enter an amount under a key. Returns False where the key was entered before."""
-        return self._do("INSERT OR IGNORE INTO entries VALUES (?, ?)", key, amount) > 0
+        """Enter an amount under a key, once. Returns False where the key was reversed before."""
+        self._do(
+            "INSERT OR IGNORE INTO entries SELECT ?, ? WHERE NOT EXISTS (SELECT 1 FROM entries WHERE key = ?)",
+            key, amount, f"{key} undone",
+        )  # fmt: skip
+        return not self._do("SELECT 1 FROM entries WHERE key = ?", f"{key} undone")
 
-    def reverse(self, key: str) -> bool:
-        """Enter the opposite of what was entered under a key, once. Returns whether there was anything to reverse."""
-        return (
-            self._do("INSERT OR IGNORE INTO entries SELECT key || ' undone', -amount FROM entries WHERE key = ?", key)
-            > 0
-        )
+    def enter(self, key: str, amount: int) -> None:
+        """Enter an amount under a key, once, whether or not it was reversed before."""
+        self._do("INSERT OR IGNORE INTO entries VALUES (?, ?)", key, amount)
 
-    def amounts(self) -> list[int]:
-        """What was entered, oldest first."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
-            return [int(one) for (one,) in connection.execute("SELECT amount FROM entries ORDER BY rowid")]
+    def reverse(self, key: str) -> None:
+        """Enter the opposite of what stands under a key, once; where nothing does, remember that it was reversed."""
+        self._do(
+            "INSERT OR IGNORE INTO entries VALUES (?, COALESCE((SELECT -amount FROM entries WHERE key = ?), 0))",
+            f"{key} undone", key,
+        )  # fmt: skip
 
-    def _do(self, statement: str, *values: object) -> int:
+    def amounts(self, prefix: str = "") -> list[int]:
+        """What was entered under keys with this prefix and is not nothing, oldest first."""
+        found = self._do("SELECT key, amount FROM entries WHERE amount != 0 ORDER BY rowid")
+        return [int(amount) for key, amount in found if key.startswith(prefix)]
+
+    def _do(self, statement: str, *values: object) -> list[Any]:
         with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
-            return connection.execute(statement, values).rowcount
+            return connection.execute(statement, values).fetchall()
 
 
 @dataclass(frozen=True)
@@ -798,8 +807,8 @@ async def ended(handle: WorkflowHandle[Any, Any], seconds: float = 60) -> Ending
         async with asyncio.timeout(seconds * slowness()):
             result = await handle.result()
     except WorkflowFailureError as error:
-        last = causes(error)[-1]
-        why = f"{type(last).__name__}: {last}"
+        told = [one.message if isinstance(one, FailureError) else str(one) for one in causes(error.cause)]
+        why = " <- ".join(one for one in told if one != "Activity task failed")
     except TimeoutError:
         raise TimeoutError(f"{handle.id} did not end within {seconds * slowness():.0f} s") from None
     return Ending(name_of(await status_of(handle)), result, why)
