@@ -20,11 +20,11 @@ MAIN = '''
 async def main() -> None:
     """Connect as the TEMPORAL_* variables or the profile say, by default to a server on this machine."""
     config = ClientConfig.load_client_connect_config()
-    address = config.pop("target_host", None) or "localhost:7233"
+    config.setdefault("target_host", "localhost:7233")
     try:
-        client = await Client.connect(address, **config)
+        client = await Client.connect(**config)
     except RuntimeError as error:
-        sys.exit(f"No Temporal server at {address} ({error}). Start one with: temporal server start-dev")
+        sys.exit(f"No Temporal server answers ({error}). Start one with: temporal server start-dev")
     await example(client)
 
 
@@ -193,15 +193,19 @@ def _module(line: str) -> str:
 
 def _sorted(imports: Sequence[str]) -> str:
     """The imports of the file: the standard library's, temporalio's, and others, passed through the sandbox."""
-    every = sorted({*imports, *MAIN_IMPORTS.splitlines()}, key=lambda line: (line.startswith("from"), line))
+    names: dict[str, set[str]] = {}
+    for line in {*imports, *MAIN_IMPORTS.splitlines()}:
+        start, _, name = line.rpartition(" import ") if line.startswith("from ") else ("", "", line)
+        names.setdefault(f"{start} import " if start else line, set()).add(name if start else "")
+    every = sorted((one + ", ".join(sorted(names[one])) for one in names), key=lambda line: (line[0] == "f", line))
     standard = [line for line in every if _module(line) in sys.stdlib_module_names]
     temporal = [line for line in every if _module(line) == "temporalio"]
     third = [line for line in every if line not in standard and line not in temporal]
     blocks = [standard, temporal]
     if third:
-        if "from temporalio import workflow" not in temporal:
-            temporal.append("from temporalio import workflow")
         blocks.append(["with workflow.unsafe.imports_passed_through():", *(f"    {line}" for line in third)])
+        if not any(re.match("from temporalio import .*workflow", line) for line in temporal):
+            temporal.append("from temporalio import workflow")
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
@@ -217,4 +221,4 @@ def _metadata(imports: Sequence[str]) -> str:
 
 def _docstring(lesson: Lesson) -> str:
     comment = "\n".join(lesson.comment)
-    return f'"""{lesson.title}\n\n{comment}\n"""\n\n'
+    return f'"""{lesson.title}.\n\n{comment}\n"""\n\n'
