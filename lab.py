@@ -9,23 +9,20 @@
 This file knows nothing of verdicts: what is seen here becomes evidence in a script, and a verdict in common.py.
 """
 
-from common import (
-    Category,
+from common import Category, causes, evaluate, leave, sdk_version, slowness
+from faults import Call, Fault, Outside, calls_in
+from settings import (
+    MaskingFormatter,
     NotRun,
     Target,
     Unusable,
-    causes,
     connect,
     connect_to_user_server,
-    evaluate,
     find_cli,
-    leave,
+    mask_streams,
     redacted,
-    sdk_version,
-    slowness,
     user_settings,
 )
-from faults import Call, Fault, Outside, calls_in
 
 import argparse
 import asyncio
@@ -296,12 +293,13 @@ def make_worker(
     return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
 
 
-HARNESS = ("common", "lab", "faults", "cluster")
+HARNESS = ("common", "faults", "given", "lab", "lesson", "settings")
 
 
 def sandbox() -> SandboxedWorkflowRunner:
     """The SDK's default sandbox, but for the harness, which is not workflow code."""
-    return SandboxedWorkflowRunner(restrictions=SandboxRestrictions.default.with_passthrough_modules(*HARNESS))
+    restrictions = SandboxRestrictions.default.with_passthrough_modules(*HARNESS)
+    return SandboxedWorkflowRunner(restrictions=restrictions)
 
 
 def keep_bytecode(folder: Path) -> None:
@@ -416,6 +414,7 @@ class Nursery:
     def serve(descriptor: int, folder: Path, modules: Sequence[str]) -> NoReturn:
         """The nursery's own loop, in the second copy of the script."""
         keep_bytecode(folder)
+        mask_streams()
         for module in modules:
             importlib.import_module(module)
         pipe = multiprocessing.connection.Connection(descriptor)
@@ -904,8 +903,9 @@ class Session:
         self._embedded: Server | None = None
         self._ui_port: int | None = None
         self._client: Client | None = None
-        form = "%(asctime)s %(name)s %(message)s"
-        logging.basicConfig(filename=self.log, level=logging.WARNING, format=form, force=True)
+        handler = logging.FileHandler(self.log)
+        handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
         logging.captureWarnings(True)
 
     @property

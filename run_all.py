@@ -18,6 +18,7 @@ from common import (
     wrapped,
 )
 from lab import Guard, make_folder
+from settings import load_settings, mask_streams, masked, name_profile, user_settings
 
 import argparse
 import asyncio
@@ -151,7 +152,7 @@ class Script:
         self._guard.watch(self._process.pid)
         errors = asyncio.create_task(self._process.stderr.read())
         async for line in self._process.stdout:
-            self.latest = line.decode(errors="replace").strip() or self.latest
+            self.latest = masked(line.decode(errors="replace").strip()) or self.latest
         self.errors = redacted((await errors).decode(errors="replace"))
         self.code = await self._process.wait()
         self._guard.forget(self._process.pid)
@@ -210,7 +211,7 @@ class Board:
 
     def line(self, text: str, style: str = "", hang: int = 0) -> None:
         width = self.console.width
-        for one in wrapped(text, width, hang=hang if width >= 60 else 2):
+        for one in wrapped(masked(text), width, hang=hang if width >= 60 else 2):
             self.console.print(Text(one, style=style), soft_wrap=True)
 
     def categories(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -285,6 +286,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--record", nargs="?", const=str(HERE / "results"), metavar="DIR", help="keep the verdicts")
     parser.add_argument("--pictures", action="store_true", help="draw the tables and what script 07 measured in docs/")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="scripts at a time (default: the cores)")
+    parser.add_argument("--profile", metavar="NAME", help="a TOML profile that names the server to evaluate")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
     parser.add_argument(
         "--run-time", choices=["seconds", "minutes", "hours", "days"], help="how long your workflows run"
@@ -369,7 +371,12 @@ async def main(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     try:
-        leave(asyncio.run(main(parse(sys.argv[1:]))))
+        mask_streams()
+        load_settings()
+        asked = parse(sys.argv[1:])
+        name_profile(asked.profile)
+        user_settings()  # once, for its refusals, before eleven scripts give the same
+        leave(asyncio.run(main(asked)))
     except Unusable as error:
         leave(refuse(error))
     except BrokenPipeError:

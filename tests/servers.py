@@ -1,0 +1,77 @@
+"""Servers as others run them, for the tests: with other settings, and behind what companies put in front."""
+
+from lab import Guard, Server
+from settings import find_cli
+
+import asyncio
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import grpc
+
+Refuse = Callable[[str, Mapping[str, str]], tuple[grpc.StatusCode, str] | None]
+
+
+@contextlib.contextmanager
+def given_server(folder: Path, namespace: str = "evaluation", **settings: str) -> Iterator[Server]:
+    """A dev server with its own defaults but for `settings` (dynamic configuration, "." written as "__")."""
+    cli = find_cli()
+    assert cli
+    guard = Guard(folder)
+    dynamic = {name.replace("__", "."): value for name, value in settings.items()}
+    server = Server(cli, guard, folder / "server.log", settings=dynamic, namespace=namespace)
+    try:
+        asyncio.run(server.start())
+        yield server
+    finally:
+        server.kill()
+        guard.close()
+
+
+class Gateway(grpc.GenericRpcHandler):
+    """A real gRPC server that passes calls on to another one, except those that `refuse` answers.
+
+    `refuse` is given the call's path and its metadata, and returns a status with a text, or None.
+    """
+
+    def __init__(self, address: str, refuse: Refuse) -> None:
+        self._upstream, self._refuse = grpc.insecure_channel(address), refuse
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            sent = {key: str(value) for key, value in context.invocation_metadata()}
+            refused = self._refuse(str(handler_call_details.method), sent)
+            if refused:
+                context.abort(*refused)
+            passed = tuple((key, value) for key, value in sent.items() if not key.startswith(("user-agent", "grpc-")))
+            method = str(handler_call_details.method)
+            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._upstream.unary_unary(method)
+            try:
+                answered, report = call.with_call(request, metadata=passed, timeout=context.time_remaining())
+            except grpc.RpcError as error:  # which is the call, too, says grpcio
+                failed = cast(grpc.Call, error)
+                context.set_trailing_metadata(tuple(failed.trailing_metadata() or ()))
+                context.abort(failed.code(), failed.details() or "")
+            context.set_trailing_metadata(tuple(report.trailing_metadata() or ()))
+            return bytes(answered)
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@contextlib.contextmanager
+def gateway(address: str, refuse: Refuse) -> Iterator[str]:
+    """A Gateway in front of the server at `address`. Yields its own address."""
+    front = grpc.server(
+        concurrent.futures.ThreadPoolExecutor(200),
+        handlers=[Gateway(address, refuse)],
+        options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
+    )
+    port = front.add_insecure_port("127.0.0.1:0")
+    front.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        front.stop(None)
