@@ -6,6 +6,7 @@
 
 A script declares a `Category`, decorates one async generator per item, and calls `run(category)` of lab.py,
 which has what an item works with: servers, workers, a ledger. This file knows nothing of any category.
+stages.py reads which release stage the platform claims for an API.
 """
 
 import signal
@@ -18,19 +19,19 @@ if Path(sys.argv[0]).resolve().parent == HERE:
     # at once instead of printing a traceback from the middle of an import. Nothing is running yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from stages import STAGES, Api, Stage, api_name, api_stage
+
 import argparse
 import asyncio
 import collections
 import contextlib
 import functools
-import inspect
 import io
 import json
 import logging
 import os
 import re
 import secrets
-import subprocess
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -223,8 +224,6 @@ def causes(error: BaseException | None) -> list[BaseException]:
 # 2. Evidence and judge -------------------------------------------------------------------------------
 
 Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
-Stage = Literal["GA", "preview", "experimental", "deprecated", "missing"]
-STAGES: tuple[Stage, ...] = ("GA", "preview", "experimental", "deprecated", "missing")
 STAR_NEEDING: Mapping[Kind, int] = {"works": 3, "holds": 4, "native": 5, "limit": 5}
 LABELS = {1: "unsupported", 2: "experimental", 3: "PoC", 4: "production-ready", 5: "recommended"}
 
@@ -269,71 +268,23 @@ def cited(claim: str, source: str) -> Evidence:
     return Evidence("cited", claim, None, source)
 
 
-Api = str | tuple[Any, str] | Any
-
-
 def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
     """Is it built in, generally available, and enough by itself? Needed for five stars.
 
-    `apis` are what the demonstration uses: SDK objects, pairs of an SDK callable and a parameter's name,
-    or a command line such as "temporal workflow reset". Each is looked up on the running platform: it
-    must be there, belong to the SDK or the server, and carry no experimental or preview notice in its
-    docstring or --help. `adds` lists what the demonstration had to build itself; it must be empty.
+    `apis` are what the demonstration used, nothing more and nothing less: SDK objects, pairs of one and the name of
+    its parameter or field, or a command with the flags that matter, such as "temporal workflow reset --query".
+    Each is looked up on the running platform: it must be there, belong to the SDK or the server, and carry no
+    notice wherever one may stand (stages.py). `adds` lists what the demonstration had to build itself; it must be
+    empty. A stage that cannot be read is not taken for GA: then this was not run.
     """
-    if sys.flags.optimize > 1:
-        return Evidence("native", claim, None, "Python runs without docstrings (-OO), so no notice could be read")
-    stages = {_api_name(api): _api_stage(api) for api in apis}
+    cli = find_cli()
+    stages = {api_name(api): api_stage(api, cli) for api in apis}
     worst = max(stages.values(), key=STAGES.index)
     found = ", ".join(f"{name}: {stage}" for name, stage in stages.items())
-    held = worst == "GA" and not adds
+    held = None if worst == "not readable" and not adds else worst == "GA" and not adds
     measured = f"{found}; built by the demonstration: {', '.join(adds) or 'nothing'}"
+    measured += "; no docstring, source or --help tells the stage of what is not readable" if held is None else ""
     return Evidence("native", claim, held, measured, stage=worst)
-
-
-def _api_name(api: Api) -> str:
-    if isinstance(api, str):
-        return api
-    if isinstance(api, tuple):
-        return f"{_api_name(api[0])}({api[1]})"
-    return f"{api.__module__.split('._')[0].removeprefix('temporalio.')}.{api.__qualname__}"
-
-
-def _api_stage(api: Api) -> Stage:
-    if isinstance(api, str):
-        return _command_stage(api)
-    thing, parameter = api if isinstance(api, tuple) else (api, None)
-    if not thing.__module__.startswith("temporalio."):
-        return "missing"
-    text = inspect.getdoc(thing.__init__ if parameter and inspect.isclass(thing) else thing) or ""
-    whole, _, arguments = text.partition("Args:")
-    if parameter is None:
-        return _stage(whole)
-    if parameter not in inspect.signature(thing).parameters:
-        return "missing"
-    described = re.search(rf"^ *{parameter}: .*(\n(?! *\w+: ).*)*", arguments, re.MULTILINE)
-    return max(_stage(whole), _stage(described.group() if described else ""), key=STAGES.index)
-
-
-@functools.cache
-def _command_stage(command: str) -> Stage:
-    """The stage that `temporal ... --help` claims for a command."""
-    cli = find_cli()
-    if cli is None:
-        return "missing"
-    asked = [cli, *command.split()[1:], "--help"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
-    usage = re.search(r"Usage:\s+(.+)", done.stdout)
-    there = done.returncode == 0 and usage is not None and usage.group(1).startswith(command)
-    return _stage(done.stdout.split("Usage:")[0]) if there else "missing"
-
-
-def _stage(notice: str) -> Stage:
-    if re.search(r"(?i)\bexperimental\b", notice):
-        return "experimental"
-    if re.search(r"(?i)\b(public|pre-release|in) preview\b|\bpre-release\b", notice):
-        return "preview"
-    # Not any "deprecated": the docstring of deprecate_patch speaks of what it does.
-    return "deprecated" if re.search(r"(?i)\.\. deprecated|\bis deprecated\b|^deprecated\b", notice) else "GA"
 
 
 Outcome = Literal["judged", "inconclusive", "not_run"]

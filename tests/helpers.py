@@ -73,7 +73,7 @@ def evaluate(
     return Verdicts(done.returncode, done.stdout, done.stderr, {one["id"]: one for one in record["items"]}, record)
 
 
-SHARED = [path.name for name in ("common", "lab", "cluster") if (path := ROOT / f"{name}.py").exists()]
+SHARED = [path.name for name in ("stages", "common", "lab", "cluster") if (path := ROOT / f"{name}.py").exists()]
 
 
 def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Sequence[tuple[str, str]] = ()) -> Path:
