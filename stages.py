@@ -11,6 +11,7 @@ import enum
 import functools
 import inspect
 import itertools
+import pydoc
 import re
 import subprocess
 import sys
@@ -94,21 +95,37 @@ def _parts(thing: Any) -> set[str]:
         return fields
 
 
-def _own_texts(thing: Any, part: str | None) -> Iterator[str | None]:
+def _own_texts(thing: Any, part: str | None, seen: tuple[Any, ...] = ()) -> Iterator[str | None]:
     """What is written about a thing, or about a part of it; None where that could not be read.
 
     Its docstring, that of a class's `__init__`, those of a function's overloads (which one is called is not
-    told), and `@deprecated`; without what these say of other parts. Then what stands behind a field.
+    told), `@deprecated`, and what these point to, as in "This is a shortcut for :py:meth:`start_activity`";
+    without what they say of other parts. Then what stands behind a field.
     """
     for one in (thing, *([thing.__init__] if inspect.isclass(thing) else typing.get_overloads(thing))):
         whole, of_parts = _split(_docstring(one), _parts(thing))
+        of_part = of_parts.get(part or "", "")
         yield whole
-        yield of_parts.get(part or "", "")
+        yield of_part
         if hasattr(one, "__deprecated__"):
             yield f"Deprecated: {one.__deprecated__}"
+        for other in _referred(of_part or whole, one):
+            if other not in (*seen, thing) and (not part or of_part or part in _parts(other)):
+                yield from _own_texts(other, None if of_part else part, (*seen, thing))
     for one in _lineage(thing):
         if part in _fields(one):
             yield _behind(one, part)
+
+
+def _referred(doc: str, thing: Any) -> Iterator[Any]:
+    """The SDK's functions to which a docstring sends its reader."""
+    for name in re.findall(r"(?:shortcut for|\bSee)\b[^:.]*:py:(?:meth|func):`~?([\w.]+)`", doc):
+        beside = thing.__qualname__.rpartition(".")[0]
+        for full in (f"{thing.__module__}.{beside}.{name}", f"{thing.__module__}.{name}", name):
+            found = pydoc.locate(full.replace("..", "."))
+            if inspect.isroutine(found):
+                yield found
+                break
 
 
 def _texts_around(thing: Any) -> Iterator[str]:
