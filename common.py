@@ -271,11 +271,12 @@ def cited(claim: str, source: str) -> Evidence:
 def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
     """Is it built in, generally available, and enough by itself? Needed for five stars.
 
-    `apis` are what the demonstration used, nothing more and nothing less: SDK objects, pairs of one and the name of
-    its parameter or field, or a command with the flags that matter, such as "temporal workflow reset --query".
-    Each is looked up on the running platform: it must be there, belong to the SDK or the server, and carry no
-    notice wherever one may stand (stages.py). `adds` lists what the demonstration had to build itself; it must be
-    empty. A stage that cannot be read is not taken for GA: then this was not run.
+    `apis` are what the item did to get what it claims, nothing more and nothing less (not how it watched, nor what
+    every item does): SDK objects, pairs of one and the name of its parameter or field, or a command with the flags
+    that matter, such as "temporal workflow reset --query". A call of the server's raw API is named by the command
+    that makes it. Each is looked up on the running platform: it must be there, belong to the SDK or the server, and
+    carry no notice wherever one may stand (stages.py). `adds` lists what the demonstration had to build itself; it
+    must be empty. A stage that cannot be read is not taken for GA: then this was not run.
     """
     cli = find_cli()
     stages = {api_name(api): api_stage(api, cli) for api in apis}

@@ -280,7 +280,8 @@ def make_worker(
 
     A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. The
     harness is passed through the sandbox, which would otherwise import it again for every run. And the
-    build id is given, which every new process would otherwise compute from all its code (0.1 s).
+    build id is given, which every new process would otherwise compute from all its code (0.1 s); the SDK calls
+    that parameter deprecated, in favour of one that is experimental.
     """
     options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
     options.setdefault("workflow_runner", sandbox())

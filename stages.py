@@ -18,6 +18,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 Stage = Literal["GA", "not readable", "preview", "experimental", "deprecated", "missing"]
@@ -55,10 +56,10 @@ def api_stage(api: Api, cli: str | None) -> Stage:
     thing, part = api if isinstance(api, tuple) else (api, None)
     if isinstance(thing, enum.Enum):
         thing, part = type(thing), thing.name
-    thing = _bare(thing)
-    if not thing.__module__.startswith("temporalio."):
+    module = _bare(thing).__module__
+    if not module.startswith("temporalio."):
         return "missing"
-    if "services_generated" in thing.__module__:
+    if "services_generated" in module:
         raise TypeError(f"{api_name(thing)} is generated and tells no stage: name the command or the SDK's own call")
     if part and part not in _parts(thing):
         return "missing"
@@ -102,7 +103,7 @@ def _own_texts(thing: Any, part: str | None, seen: tuple[Any, ...] = ()) -> Iter
     told), `@deprecated`, and what these point to, as in "This is a shortcut for :py:meth:`start_activity`";
     without what they say of other parts. Then what stands behind a field.
     """
-    for one in (thing, *([thing.__init__] if inspect.isclass(thing) else typing.get_overloads(thing))):
+    for one in (thing, *([thing.__init__] if inspect.isclass(thing) else typing.get_overloads(_bare(thing)))):
         whole, of_parts = _split(_docstring(one), _parts(thing))
         of_part = of_parts.get(part or "", "")
         yield whole
@@ -120,8 +121,8 @@ def _own_texts(thing: Any, part: str | None, seen: tuple[Any, ...] = ()) -> Iter
 def _referred(doc: str, thing: Any) -> Iterator[Any]:
     """The SDK's functions to which a docstring sends its reader."""
     for name in re.findall(r"(?:shortcut for|\bSee)\b[^:.]*:py:(?:meth|func):`~?([\w.]+)`", doc):
-        beside = thing.__qualname__.rpartition(".")[0]
-        for full in (f"{thing.__module__}.{beside}.{name}", f"{thing.__module__}.{name}", name):
+        module, beside = _bare(thing).__module__, _bare(thing).__qualname__.rpartition(".")[0]
+        for full in (f"{module}.{beside}.{name}", f"{module}.{name}", name):
             found = pydoc.locate(full.replace("..", "."))
             if inspect.isroutine(found):
                 yield found
@@ -130,6 +131,7 @@ def _referred(doc: str, thing: Any) -> Iterator[Any]:
 
 def _texts_around(thing: Any) -> Iterator[str]:
     """The docstrings of the packages, the module and the classes that a class or function stands in."""
+    thing = _bare(thing)
     for name in itertools.accumulate(thing.__module__.split("."), "{}.{}".format):
         within = sys.modules.get(name)
         yield _docstring(within)
@@ -144,26 +146,33 @@ def _docstring(thing: Any) -> str:
         # A dataclass without a docstring is given its signature as one.
         docs = (vars(one).get("__doc__") or "" for one in _lineage(thing))
         return inspect.cleandoc(next((doc for doc in docs if doc and not re.match(r"\w+\(", doc)), ""))
-    written = inspect.ismodule(thing) or inspect.isfunction(thing) or inspect.ismethod(thing)
-    return (inspect.getdoc(thing) or "") if written else ""
+    if getattr(thing, "__name__", "") == "__init__":  # or it would inherit that of `object`
+        return inspect.cleandoc(thing.__doc__ or "") if inspect.isfunction(thing) else ""
+    written = (ModuleType, FunctionType, MethodType, property)
+    return (inspect.getdoc(thing) or "") if isinstance(thing, written) else ""
 
 
 def _split(doc: str, parts: set[str]) -> tuple[str, dict[str, str]]:
-    """A docstring without its list of parameters, and the text of each parameter.
+    """A docstring without what it says of parameters and fields, and what it says of each.
 
-    A text goes on to the next line that stands at the list's own indent and names a part: a line
-    "WARNING: This is an experimental feature" within it belongs to it.
+    The text of an entry goes on to the next line that stands at the list's own indent and names a part: a line
+    "WARNING: This is an experimental feature" within it belongs to it. Outside the list, a sentence such as
+    "``event_groups`` is experimental" is about that part alone.
     """
-    section = re.search(r"^( *)(?:Args|Attributes):\n((?:\1 +\S.*\n|[ \t]*\n)*)", f"{doc}\n", re.MULTILINE)
-    if section is None:
-        return doc, {}
     texts: dict[str, str] = {}
-    name = ""
-    for entry in re.split(r"^(?=\S)", textwrap.dedent(section[2]), flags=re.MULTILINE):
-        named = re.match(r"[*`]*(\w+)[*`]*(?: \(.*\))?:", entry)
-        name = named[1] if named and named[1] in parts else name
-        texts[name] = texts.get(name, "") + entry
-    return f"{doc}\n".replace(section[0], "\n"), texts
+    section = re.search(r"^( *)(?:Args|Attributes):\n((?:\1 +\S.*\n|[ \t]*\n)*)", f"{doc}\n", re.MULTILINE)
+    if section:
+        doc = f"{doc}\n".replace(section[0], "\n")
+        name = ""
+        for entry in re.split(r"^(?=\S)", textwrap.dedent(section[2]), flags=re.MULTILINE):
+            named = re.match(r"[*`]*(\w+)[*`]*(?: \(.*\))?:", entry)
+            name = named[1] if named and named[1] in parts else name
+            texts[name] = texts.get(name, "") + entry
+    for about, subjects in re.findall(r"^(((?:``\w+``(?:, | and )?)+) (?:is|are)\b[^.]*\.)", doc, re.MULTILINE):
+        if parts.issuperset(names := re.findall(r"\w+", subjects.replace(" and ", " "))):
+            doc = doc.replace(about, "")
+            texts |= {name: f"{texts.get(name, '')}\n{about}" for name in names}
+    return doc, texts
 
 
 @functools.cache
@@ -222,8 +231,10 @@ def _help(cli: str | None, *words: str) -> str | None:
 NOTICES: dict[Stage, str] = {
     "preview": r"\b(public|private|pre-release|in|a) preview\b|\bpre-release\b|[(\[]preview\b|(^|[.:] )preview[.:]",
     "experimental": r"\bexperimental\b|\bunstable\b|\bsubject to (change|removal)\b|\bmay change (in|without)\b",
-    # Not any "deprecated": deprecate_patch tells of what it does, and search_attributes of a form that is.
-    "deprecated": r"\.\. deprecated|(?<!form of this )\bis deprecated\b|(^|[.:;*] |[(\[])deprecated\b",
+    # Not any "deprecated": deprecate_patch tells of what it does, search_attributes of a form of it that is, and
+    # `temporal task-queue describe` of what one of its flags asks for.
+    "deprecated": r"\.\. deprecated|(?<!form of this )(?<!reachability status )\bis deprecated\b"
+    r"|(^|[.:;*] |[(\[])deprecated\b",
 }
 
 
