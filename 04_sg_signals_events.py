@@ -7,7 +7,6 @@ waits for something, what can start one, and how its state is read from outside.
 """
 
 from common import Category, Evidence, Target, connect, control, holds, limit, native, side_by_side, works
-from faults import note, notes
 from lab import (
     Lab,
     count_events,
@@ -16,6 +15,8 @@ from lab import (
     free_port,
     history_of,
     name_of,
+    note,
+    notes,
     refusal,
     run,
     status_of,
@@ -752,6 +753,9 @@ async def waiting(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.update,
         workflow.all_handlers_finished,
         WorkflowHandle.execute_update,
+        (WorkflowHandle.start_update, "wait_for_stage"),
+        WorkflowUpdateStage.ACCEPTED,
+        WorkflowUpdateFailedError,
     )
 
 
@@ -1259,11 +1263,14 @@ async def event_triggers(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "starting by call, clock, signal and update is built in (a broker's messages are not, see the limit)",
         Client.start_workflow,
+        (Client.start_workflow, "id_reuse_policy"),
         (Client.start_workflow, "start_signal"),
         (Client.start_workflow, "cron_schedule"),
         Client.create_schedule,
+        (ScheduleSpec, "intervals"),
+        (ScheduleState, "remaining_actions"),
         Client.execute_update_with_start_workflow,
-        WithStartWorkflowOperation,
+        (WithStartWorkflowOperation, "id_conflict_policy"),
     )
 
 
@@ -1539,6 +1546,8 @@ async def query(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.query,
         WorkflowHandle.query,
         (WorkflowHandle.query, "reject_condition"),
+        QueryRejectCondition.NOT_OPEN,
+        QueryRejectCondition.NOT_COMPLETED_CLEANLY,
         "temporal workflow stack",
     )
 

@@ -21,21 +21,28 @@ from common import (
     slowness,
     works,
 )
-from faults import Fault, fail, hold, never_answer, note, notes, refuse, withhold
 from lab import (
     Books,
+    Fault,
     Lab,
     Server,
     TakeOver,
     count_events,
     ended,
+    fail,
     failed_tasks,
+    hold,
     name_of,
+    never_answer,
+    note,
+    notes,
     open_gate,
     outline,
+    refuse,
     run,
     status_of,
     until,
+    withhold,
 )
 
 import asyncio
@@ -866,10 +873,15 @@ async def partial_restart(lab: Lab) -> AsyncIterator[Evidence]:
         async for evidence in side_by_side(*(part(lab) for part in parts)):
             yield evidence
     yield native(
-        "reset is part of the server's API and of the command line; a workflow has no code for it",
-        WorkflowService.reset_workflow_execution,
-        WorkflowService.start_batch_operation,
-        "temporal workflow reset",
+        "reset is the server's (the command makes the call made here); a workflow has no code for it",
+        WorkflowHandle.fetch_history,
+        "temporal workflow reset --event-id",
+        adds=["finding the event at which a step began"],
+    )
+    yield native(
+        "a command takes all runs of a bad build back, where their worker was told its build",
+        "temporal workflow reset --query --type --build-id",
+        (Worker, "build_id"),
     )
 
 
@@ -1266,7 +1278,8 @@ async def pause_workflow(lab: Lab) -> Evidence:
     if event != 1 or "look into it" not in shown.out:
         raise RuntimeError(f"the workflow was not paused: {shown.err or event}")
     return limit(
-        "on a paused workflow the Python client fails: it cannot describe it, nor list runs among which it is",
+        "on a paused workflow (experimental, and allowed here by a setting) the Python client fails: it cannot "
+        "describe it, nor list runs among which it is",
         all("not a valid WorkflowExecutionStatus" in error for error in errors),
         f"describe: {errors[0]}; list_workflows: {errors[1]}; the command line shows it as paused, and the history "
         f"has {event} event WORKFLOW_EXECUTION_PAUSED",
@@ -1307,20 +1320,23 @@ async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
         f"status {name_of(status)}, calls: {'; '.join(twin.calls)}; the next one is due {in_minutes(due)} later",
     )
     yield native(
-        "cancel, terminate, signal, update and reset need nothing but the run's id",
+        "cancel, terminate, signal and update need nothing but the run's id, a reset also an event of its history",
         WorkflowHandle.cancel,
         WorkflowHandle.terminate,
         WorkflowHandle.signal,
         WorkflowHandle.execute_update,
-        WorkflowService.reset_workflow_execution,
+        WorkflowHandle.fetch_history,
+        "temporal workflow reset --event-id",
     )
     yield native(
-        "the operations on a single activity need nothing but its id",
+        "the operations on a single activity need nothing but its id, and it hears of a pause by its heartbeat",
         "temporal activity complete",
         "temporal activity pause",
         "temporal activity unpause",
         "temporal activity reset",
         "temporal activity update-options",
+        activity.heartbeat,
+        activity.cancellation_details,
     )
 
 
@@ -1594,8 +1610,9 @@ async def dead_letter_items(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "the list, the limit of attempts and the batch are built in, and are enough",
         Client.list_workflows,
+        WorkflowHandle.describe,
         (RetryPolicy, "maximum_attempts"),
-        WorkflowService.start_batch_operation,
+        "temporal workflow reset --query --type",
         adds=["the filter for runs already driven again", "the key for effects"],
     )
     found = offered("dead_?letter|dlq", workflow, temporalio.client, temporalio.worker, WorkflowService)

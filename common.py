@@ -1,11 +1,14 @@
-"""What every numbered script stands on, in the order in which data meets it.
-
-1. Settings and connection    which Temporal server is evaluated, and how it is reached: settings.py has them
-2. Evidence and judge         what was seen, and the stars that follow from it
-3. Running and output         items side by side, terminal, JSON, exit status
+"""What every numbered script stands on: evidence, and running and output.
 
 A script declares a `Category`, decorates one async generator per item, and calls `run(category)` of lab.py,
 which has what an item works with: servers, workers, a ledger. This file knows nothing of any category.
+
+    settings and connection, secrets       harness/settings.py
+    evidence, facts and the judge          harness/evidence.py
+    release stages of APIs                 harness/stages.py
+    lessons that can be copied             harness/lesson.py
+    speed of the machine                   harness/machine.py
+    running and output                     here
 """
 
 import signal
@@ -17,39 +20,66 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
     # at once instead of printing a traceback from the middle of an import. Nothing is running yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from lesson import copy_of, lessons_of
-
-# What scripts and lab.py take from here is passed on.
-from settings import HERE as HERE
-from settings import NotRun as NotRun
-from settings import Target as Target
-from settings import Unusable as Unusable
-from settings import connect as connect
-from settings import find_cli as find_cli
-from settings import load_settings, mask_streams, masked, masked_all, name_profile
-from settings import redacted as redacted
+from harness.evidence import (
+    LABELS,
+    STAR_NEEDING,
+    Evidence,
+    Fact,
+    Kind,
+    Spread,
+    Verdict,
+    at_least,
+    at_most,
+    between,
+    cited,
+    contains,
+    control,
+    differs,
+    equal,
+    figure,
+    holds,
+    judge,
+    lacks,
+    limit,
+    native,
+    not_run,
+    one_of,
+    words,
+    works,
+)
+from harness.lesson import copy_of, lessons_of
+from harness.machine import Room, Ticker, slowness
+from harness.settings import (
+    HERE,
+    NotRun,
+    Target,
+    Unusable,
+    connect,
+    find_cli,
+    load_settings,
+    mask_streams,
+    masked,
+    masked_all,
+    name_profile,
+    redacted,
+)
 
 import argparse
 import asyncio
 import collections
 import contextlib
-import fcntl
-import functools
 import inspect
 import io
 import json
 import logging
 import os
-import re
 import secrets
-import statistics
-import subprocess
-import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn, Protocol, TextIO, get_args
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TextIO, get_args
 
 import pydantic_core
 from rich.console import Console, Group, RenderableType
@@ -59,7 +89,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-# 1. Settings and connection: see settings.py --------------------------------------------------------
+# What scripts, lab.py and cluster.py take from here though it stands elsewhere.
+__all__ = [
+    "HERE", "LABELS", "STAR_NEEDING", "Evidence", "Fact", "NotRun", "Spread", "Target", "Unusable", "Verdict",
+    "at_least", "at_most", "between", "cited", "connect", "contains", "control", "differs", "equal", "figure",
+    "find_cli", "holds", "judge", "lacks", "limit", "load_settings", "native", "not_run", "one_of", "redacted",
+    "slowness", "words", "works",
+]  # fmt: skip
 
 
 def leave(code: int) -> NoReturn:
@@ -77,398 +113,6 @@ def leave(code: int) -> NoReturn:
 def causes(error: BaseException | None) -> list[BaseException]:
     """An error and its chain of causes, outermost first; empty for None."""
     return [error, *causes(error.__cause__)] if error else []
-
-
-# 2. Evidence and judge -------------------------------------------------------------------------------
-
-Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
-Stage = Literal["GA", "preview", "experimental", "deprecated", "missing"]
-STAGES: tuple[Stage, ...] = ("GA", "preview", "experimental", "deprecated", "missing")
-STAR_NEEDING: Mapping[Kind, int] = {"works": 3, "holds": 4, "native": 5, "limit": 5}
-LABELS = {1: "unsupported", 2: "experimental", 3: "PoC", 4: "production-ready", 5: "recommended"}
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One thing that was measured, what was expected of it, and whether it held.
-
-    `measured` is a value JSON can hold, or a Spread. `expected` None: it only informs, and always holds.
-    """
-
-    measured: Any
-    expected: str | None = None
-    held: bool = True
-
-    @property
-    def words(self) -> str:
-        """What was measured, and what was expected where it was something else."""
-        return words(self.measured) + ("" if self.held else f" (expected {self.expected})")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure measured several times: what was usual and how far it went, in `unit`."""
-
-    median: float
-    low: float
-    high: float
-    times: int
-    unit: str
-
-    @classmethod
-    def of(cls, values: Iterable[float], unit: str) -> "Spread":
-        """The spread of at least one value."""
-        every = sorted(values)
-        return cls(statistics.median(every), every[0], every[-1], len(every), unit)
-
-    def __str__(self) -> str:
-        """Such as "12 ms (10 to 15, 20 times)"."""
-        if self.times == 1:
-            return f"{words(self.median)} {self.unit}"
-        return f"{self.median:.3g} {self.unit} ({self.low:.3g} to {self.high:.3g}, {self.times} times)"
-
-
-def figure(value: float, unit: str) -> Spread:
-    """A figure measured once, in `unit`."""
-    return Spread.of([value], unit)
-
-
-def words(value: Any) -> str:
-    """A measured value as a person reads it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {words(one)}" for name, one in value.items()) or "none"
-    if isinstance(value, list | tuple | set | frozenset):
-        return ", ".join(words(one) for one in value) or "none"
-    return str(value) if str(value) else "nothing"
-
-
-def equal(measured: Any, expected: Any) -> Fact:
-    """It is exactly this."""
-    return Fact(measured, words(expected), measured == expected)
-
-
-def differs(measured: Any, other: Any) -> Fact:
-    """It is something else than this."""
-    return Fact(measured, f"other than {words(other)}", measured != other)
-
-
-def contains(measured: Any, *parts: Any) -> Fact:
-    """Each part is in it: in a text, a list or the keys of a mapping."""
-    missing = [part for part in parts if part not in measured]
-    return Fact(measured, f"with {words(missing or parts)}", not missing)
-
-
-def lacks(measured: Any, *parts: Any) -> Fact:
-    """No part is in it. What is empty lacks everything: say beside it that something was there to look at."""
-    found = [part for part in parts if part in measured]
-    return Fact(measured, f"without {words(found or parts)}", not found)
-
-
-def one_of(measured: Any, *options: Any) -> Fact:
-    """It is one of these."""
-    return Fact(measured, f"one of {words(options)}", measured in options)
-
-
-def at_least(measured: float | Spread, bound: float) -> Fact:
-    """It is this or more; of a Spread, the median is."""
-    return Fact(measured, f"{words(bound)} or more", _middle(measured) >= bound)
-
-
-def at_most(measured: float | Spread, bound: float) -> Fact:
-    """It is this or less; of a Spread, the median is."""
-    return Fact(measured, f"{words(bound)} or less", _middle(measured) <= bound)
-
-
-def between(measured: float | Spread, low: float, high: float) -> Fact:
-    """It is `low` or more and `high` or less; of a Spread, the median is."""
-    return Fact(measured, f"{words(low)} to {words(high)}", low <= _middle(measured) <= high)
-
-
-def _middle(measured: float | Spread) -> float:
-    return measured.median if isinstance(measured, Spread) else measured
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One thing that was looked at: a claim in plain words, and the facts it rests on.
-
-    `held` is whether all facts hold, and `measured` the sentence made from them. `held` None means it was
-    not run; `measured` then says why. For a limit, `held` means it was seen.
-    """
-
-    kind: Kind
-    claim: str
-    held: bool | None
-    measured: str
-    cap: int = 5
-    stage: Stage | None = None
-    facts: Mapping[str, Fact] = field(default_factory=dict)
-
-
-def works(claim: str, held: bool | None = None, measured: str = "", /, **facts: Any) -> Evidence:
-    """Does the main case work? Needed for three stars."""
-    return _seen("works", claim, held, measured, facts)
-
-
-def holds(claim: str, held: bool | None = None, measured: str = "", /, **facts: Any) -> Evidence:
-    """Does it hold at the edges: faults, kills, races, bad input? Needed for four stars."""
-    return _seen("holds", claim, held, measured, facts)
-
-
-def control(claim: str, held: bool | None = None, measured: str = "", /, **facts: Any) -> Evidence:
-    """Does the failure appear when the feature is left out? If not, the item is inconclusive."""
-    return _seen("control", claim, held, measured, facts)
-
-
-def limit(claim: str, seen: bool | None = None, measured: str = "", /, cap: int = 4, **facts: Any) -> Evidence:
-    """Is this known limitation there? If seen, it caps the stars at 4, or at 3 where users must build it."""
-    return replace(_seen("limit", claim, seen, measured, facts), cap=cap)
-
-
-def _seen(kind: Kind, claim: str, held: bool | None, measured: str, given: Mapping[str, Any]) -> Evidence:
-    """Evidence that rests on named facts; a plain value is a fact that only informs.
-
-    The names are those of the keyword arguments, with spaces for underscores. At least one fact must expect something.
-    """
-    if not given:
-        return Evidence(kind, claim, held, measured)
-    facts = {name.replace("_", " "): one if isinstance(one, Fact) else Fact(one) for name, one in given.items()}
-    if all(fact.expected is None for fact in facts.values()):
-        raise TypeError(f"no fact of this claim could fail: {claim}")
-    sentence = "; ".join(f"{name} {fact.words}" for name, fact in facts.items())
-    return Evidence(kind, claim, all(fact.held for fact in facts.values()), sentence, facts=facts)
-
-
-def not_run(kind: Kind, claim: str, reason: str) -> Evidence:
-    """What could not be looked at where it stands, and why. It earns nothing."""
-    return Evidence(kind, claim, None, reason)
-
-
-def cited(claim: str, source: str) -> Evidence:
-    """What a source says that cannot be run here. Shown, and never earns a star."""
-    return Evidence("cited", claim, None, source)
-
-
-Api = str | tuple[Any, str] | Any
-
-
-def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
-    """Is it built in, generally available, and enough by itself? Needed for five stars.
-
-    `apis` are what the demonstration uses: SDK objects, pairs of an SDK callable and a parameter's name,
-    or a command line such as "temporal workflow reset". Each is looked up on the running platform: it
-    must be there, belong to the SDK or the server, and carry no experimental or preview notice in its
-    docstring or --help. `adds` lists what the demonstration had to build itself; it must be empty.
-    """
-    if sys.flags.optimize > 1:
-        return Evidence("native", claim, None, "Python runs without docstrings (-OO), so no notice could be read")
-    stages = {_api_name(api): _api_stage(api) for api in apis}
-    worst = max(stages.values(), key=STAGES.index)
-    found = ", ".join(f"{name}: {stage}" for name, stage in stages.items())
-    held = worst == "GA" and not adds
-    measured = f"{found}; built by the demonstration: {', '.join(adds) or 'nothing'}"
-    return Evidence("native", claim, held, measured, stage=worst)
-
-
-def _api_name(api: Api) -> str:
-    if isinstance(api, str):
-        return api
-    if isinstance(api, tuple):
-        return f"{_api_name(api[0])}({api[1]})"
-    return f"{api.__module__.split('._')[0].removeprefix('temporalio.')}.{api.__qualname__}"
-
-
-def _api_stage(api: Api) -> Stage:
-    if isinstance(api, str):
-        return _command_stage(api)
-    thing, parameter = api if isinstance(api, tuple) else (api, None)
-    if not thing.__module__.startswith("temporalio."):
-        return "missing"
-    text = inspect.getdoc(thing.__init__ if parameter and inspect.isclass(thing) else thing) or ""
-    whole, _, arguments = text.partition("Args:")
-    if parameter is None:
-        return _stage(whole)
-    if parameter not in inspect.signature(thing).parameters:
-        return "missing"
-    described = re.search(rf"^ *{parameter}: .*(\n(?! *\w+: ).*)*", arguments, re.MULTILINE)
-    return max(_stage(whole), _stage(described.group() if described else ""), key=STAGES.index)
-
-
-@functools.cache
-def _command_stage(command: str) -> Stage:
-    """The stage that `temporal ... --help` claims for a command."""
-    cli = find_cli()
-    if cli is None:
-        return "missing"
-    asked = [cli, *command.split()[1:], "--help"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
-    usage = re.search(r"Usage:\s+(.+)", done.stdout)
-    there = done.returncode == 0 and usage is not None and usage.group(1).startswith(command)
-    return _stage(done.stdout.split("Usage:")[0]) if there else "missing"
-
-
-def _stage(notice: str) -> Stage:
-    if re.search(r"(?i)\bexperimental\b", notice):
-        return "experimental"
-    if re.search(r"(?i)\b(public|pre-release|in) preview\b|\bpre-release\b", notice):
-        return "preview"
-    # Not any "deprecated": the docstring of deprecate_patch speaks of what it does.
-    return "deprecated" if re.search(r"(?i)\.\. deprecated|\bis deprecated\b|^deprecated\b", notice) else "GA"
-
-
-Outcome = Literal["judged", "inconclusive", "not_run"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an item's evidence amounts to. `stars` is 1 to 5 when judged, else None; `reason` says why."""
-
-    outcome: Outcome
-    stars: int | None
-    reason: str
-    stage: Stage | None = None
-
-
-def judge(evidence: Sequence[Evidence], trouble: str | None = None, starved: str | None = None) -> Verdict:
-    """The stars that follow from the evidence. Nothing else sets a star.
-
-    1 no `works` held, 2 some did, 3 all did, 4 and every `holds`, 5 and every `native` and no `limit` seen.
-    A star needs evidence of its kind: without a `holds` there is no fourth, without a `native` no fifth.
-    What was not run earns nothing, and a limit that was not looked at counts as seen. `trouble`
-    (an exception, a timeout) and a failed control make it inconclusive. So does a machine that `starved` the
-    experiment where something did not hold: that cannot be told from slowness.
-    """
-    of: dict[str, list[Evidence]] = {kind: [one for one in evidence if one.kind == kind] for kind in STAR_NEEDING}
-    controls = [one for one in evidence if one.kind == "control"]
-    stage = max((one.stage for one in of["native"] if one.stage), key=STAGES.index, default=None)
-    doubt = trouble or _doubt(of, controls, starved)
-    if doubt:
-        return Verdict("inconclusive", None, doubt, stage)
-    for kind, some in (("works", of["works"]), ("control", controls)):
-        if all(one.held is None for one in some):
-            return Verdict("not_run", None, f"no {kind} evidence could be run: {some[0].measured}", stage)
-    stars = _earned(of)
-    capped = min([stars, *(one.cap for one in of["limit"] if one.held is not False)])
-    return Verdict("judged", capped, _reason(of, stars, capped), stage)
-
-
-def _doubt(of: Mapping[str, Sequence[Evidence]], controls: Sequence[Evidence], starved: str | None) -> str | None:
-    """Why nothing follows from the evidence, or None."""
-    for one in controls:
-        if one.held is False:
-            return f"the control failed, so nothing is proven: {one.claim}: {one.measured}"
-    for kind, some in (("works", of["works"]), ("control", controls)):
-        if not some:
-            return f"there is no {kind} evidence"
-    failed = [one for kind in ("works", "holds", "limit") for one in of[kind] if one.held is False]
-    return f"{starved}, so this cannot be told from slowness: {failed[0].claim}" if starved and failed else None
-
-
-def _earned(of: Mapping[str, Sequence[Evidence]]) -> int:
-    """The stars before limits."""
-    if not any(one.held for one in of["works"]):
-        return 1
-    for kind, stars in (("works", 2), ("holds", 3), ("native", 4)):
-        if not of[kind] or not all(one.held for one in of[kind]):
-            return stars
-    return 5
-
-
-def _reason(of: Mapping[str, Sequence[Evidence]], earned: int, stars: int) -> str:
-    """What decided the stars, first, and then everything else that was lost, also under a cap."""
-    lost = []
-    for kind, needed in (("works", 3), ("holds", 4), ("native", 5)):
-        for one in of[kind]:
-            if not one.held:
-                lost.append(f"{'failed' if one.held is False else 'not run'} ({kind}): {one.claim}")
-        if not of[kind] and earned == needed - 1:
-            lost.append(f"there is no {kind} evidence")
-    caps = [
-        f"limit {'seen' if one.held else 'not looked at'}: {one.claim}"
-        for one in of["limit"]
-        if one.held is not False and one.cap <= stars
-    ]
-    first, then = (caps, lost) if stars < earned else (lost, caps)
-    return "; ".join([*first, *then]) or "everything held, no limit seen"
-
-
-# 3. Running and output -------------------------------------------------------------------------------
-
-REFERENCE = 50.0  # million turns of the loop below a second: two quiet cores, Python 3.11
-SLOW = 4.0  # from here on a loss cannot be told from slowness
-STALL = 1.0  # seconds: a tick that comes so late took the processor from what was tried
-SPEED = "EVALUATION_SPEED"  # the variable that tells a script's processes how slow the machine is
-ROOM = "EVALUATION_ROOM"  # the variable that names the folder of the locks for items that run alone
-
-
-def measure_slowness(seconds: float = 0.2) -> float:
-    """How many times slower than the reference this machine is now, other programs' share included."""
-    begun, turns = time.perf_counter(), 0
-    while (passed := time.perf_counter() - begun) < seconds:
-        for _ in range(1000):
-            turns += 1
-    return REFERENCE * 1e6 * passed / turns
-
-
-def slowness() -> float:
-    """The factor by which patience and short product timeouts grow: 1 on a machine that is quick enough."""
-    return max(1.0, float(os.environ.get(SPEED, 1)))
-
-
-class Ticker:
-    """Notices that the machine starved this process: a thread that wants to wake twenty times a second."""
-
-    def __init__(self) -> None:
-        self.at_start = measure_slowness()
-        os.environ[SPEED] = f"{self.at_start:.2f}"
-        self._late: list[tuple[float, float]] = []  # (when, seconds too late)
-        threading.Thread(target=self._tick, daemon=True).start()
-
-    def starved_since(self, begun: float) -> str | None:
-        """In what way the machine was too slow since `begun` (time.monotonic) to blame anything else; or None."""
-        stall = max((late for when, late in self._late if when >= begun), default=0)
-        if stall > STALL:
-            return f"this process stood still for {stall:.1f} s"
-        now = max(measure_slowness(), self.at_start)
-        return f"the machine was {now:.1f} times slower than usual" if now > SLOW else None
-
-    def _tick(self) -> None:
-        last = time.monotonic()
-        while True:
-            time.sleep(0.05)
-            now = time.monotonic()
-            if now - last > STALL / 2:
-                self._late.append((now, now - last))
-            last = now
-
-
-class Room:
-    """The place in which items run: many together, or one that measures alone, over all scripts of a run.
-
-    Without a folder it is this script's own; run_all.py names one. Two locks make it fair: who waits at the
-    door holds back those who come later.
-    """
-
-    def __init__(self, places: int) -> None:
-        named = os.environ.get(ROOM)
-        self._folder = Path(named) if named else None
-        self._places = asyncio.Semaphore(places)
-
-    @contextlib.asynccontextmanager
-    async def enter(self, alone: bool) -> AsyncIterator[None]:
-        async with self._places:
-            if self._folder is None:
-                yield
-                return
-            with open(self._folder / "door", "ab") as door, open(self._folder / "room", "ab") as room:
-                await asyncio.to_thread(fcntl.flock, door, fcntl.LOCK_EX)
-                await asyncio.to_thread(fcntl.flock, room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-                fcntl.flock(door, fcntl.LOCK_UN)
-                yield
 
 
 SIDE_BY_SIDE = 2 * (os.cpu_count() or 1)  # items at a time: they wait more than they compute
@@ -995,8 +639,8 @@ async def _evaluate(options: argparse.Namespace, session: Session, screen: Scree
     results = sorted(found, key=lambda result: options.chosen.index(result.item))
     left = await session.tidy()
     screen.summary(results, session, time.monotonic() - begun)
-    for words in left:
-        screen.line(words)
+    for line in left:
+        screen.line(line)
     if options.json:
         write_json(options.json, screen.category, session, results)
     return 0 if all(result.passes for result in results) else 1

@@ -9,20 +9,38 @@
 This file knows nothing of verdicts: what is seen here becomes evidence in a script, and a verdict in common.py.
 """
 
-from common import Category, causes, evaluate, leave, sdk_version, slowness
-from faults import Call, Fault, Outside, calls_in
-from settings import (
-    MaskingFormatter,
+from common import (
+    Category,
     NotRun,
     Target,
     Unusable,
+    causes,
     connect,
-    connect_to_user_server,
+    evaluate,
     find_cli,
-    mask_streams,
+    leave,
     redacted,
-    user_settings,
+    sdk_version,
+    slowness,
 )
+from harness.faults import (
+    EVERY,
+    Call,
+    Fault,
+    Outside,
+    calls_in,
+    die,
+    die_before,
+    fail,
+    hold,
+    never_answer,
+    note,
+    notes,
+    refuse,
+    slow,
+    withhold,
+)
+from harness.settings import MaskingFormatter, connect_to_user_server, mask_streams, user_settings
 
 import argparse
 import asyncio
@@ -64,6 +82,12 @@ from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+
+# What scripts take from here though it stands in harness/faults.py.
+__all__ = [
+    "EVERY", "Call", "Fault", "die", "die_before", "fail", "hold", "never_answer", "note", "notes", "refuse", "slow",
+    "slowness", "withhold",
+]  # fmt: skip
 
 # 1. Servers of our own -------------------------------------------------------------------------------
 
@@ -282,7 +306,8 @@ def make_worker(
 
     A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. The
     harness is passed through the sandbox, which would otherwise import it again for every run. And the
-    build id is given, which every new process would otherwise compute from all its code (0.1 s).
+    build id is given, which every new process would otherwise compute from all its code (0.1 s); the SDK calls
+    that parameter deprecated, in favour of one that is experimental.
     """
     options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
     options.setdefault("workflow_runner", sandbox())
@@ -293,7 +318,7 @@ def make_worker(
     return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
 
 
-HARNESS = ("common", "faults", "given", "lab", "lesson", "settings")
+HARNESS = ("cluster", "common", "harness", "lab")
 
 
 def sandbox() -> SandboxedWorkflowRunner:

@@ -17,8 +17,8 @@ from common import (
     stop_signals,
     wrapped,
 )
+from harness.settings import load_settings, mask_streams, masked, name_profile, user_settings
 from lab import Guard, make_folder
-from settings import load_settings, mask_streams, masked, name_profile, user_settings
 
 import argparse
 import asyncio

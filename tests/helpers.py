@@ -73,7 +73,8 @@ def evaluate(
     return Verdicts(done.returncode, done.stdout, done.stderr, {one["id"]: one for one in record["items"]}, record)
 
 
-SHARED = sorted(path.name for path in ROOT.glob("[a-z]*.py") if path.name != "run_all.py")
+SHARED = ["common.py", "lab.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("harness/*.py"))]
+SHARED += ["cluster.py"] if (ROOT / "cluster.py").exists() else []
 
 
 def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Sequence[tuple[str, str]] = ()) -> Path:
@@ -86,6 +87,7 @@ def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Seq
         for old, new in pairs:
             assert name in SHARED or old in text, f"{name} no longer holds {old!r}"
             text = text.replace(old, new)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     for old, _ in shared:
         assert any(old in (ROOT / name).read_text(encoding="utf-8") for name in SHARED), f"nothing shared holds {old!r}"
@@ -121,6 +123,8 @@ def not_run(item: Mapping[str, Any]) -> set[str]:
 
 def tiny(tmp_path: Path) -> Path:
     """The tiny script beside a copy of what scripts share, as if it were a numbered one."""
-    for name in (*SHARED, "tests/tiny.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "harness").mkdir(exist_ok=True)
+    for name in SHARED:
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "tests/tiny.py", tmp_path)
     return tmp_path / "tiny.py"

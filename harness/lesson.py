@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HARNESS = ("common", "lab", "faults", "cluster", "lesson")
+HARNESS = ("common", "lab", "cluster", "harness")
 
 MAIN = '''
 async def main() -> None:
@@ -153,7 +153,7 @@ def _needed(tree: ast.Module, lines: Sequence[str], own: str, lesson: Lesson) ->
         taken += more
     wanted = _free(_joined(lines, taken, own))
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module in HARNESS:
+        if isinstance(node, ast.ImportFrom) and _root(node) in HARNESS:
             ours = {alias.asname or alias.name for alias in node.names} & wanted
             if ours:
                 raise ValueError(f"the lesson of {lesson.item} uses {', '.join(sorted(ours))} of {node.module}.py")
@@ -171,7 +171,7 @@ def _imports(tree: ast.Module, names: set[str]) -> list[str]:
         for alias in node.names:
             name = alias.asname or alias.name.partition(".")[0]
             dotted = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
-            if name not in names or (isinstance(node, ast.ImportFrom) and node.module in HARNESS):
+            if name not in names or (isinstance(node, ast.ImportFrom) and _root(node) in HARNESS):
                 continue
             lines.append(
                 f"from {node.module} import {dotted}" if isinstance(node, ast.ImportFrom) else f"import {dotted}"
@@ -185,6 +185,10 @@ def _import_nodes(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
         for one in node.body if isinstance(node, ast.With) else [node]:
             if isinstance(one, ast.Import | ast.ImportFrom):
                 yield one
+
+
+def _root(node: ast.ImportFrom) -> str:
+    return (node.module or "").partition(".")[0]
 
 
 def _module(line: str) -> str:
