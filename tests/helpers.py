@@ -128,3 +128,53 @@ def tiny(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "tests/tiny.py", tmp_path)
     return tmp_path / "tiny.py"
+
+
+@dataclass(frozen=True)
+class Fall:
+    """A change to a script that must cost an item something: the feature taken out, or a platform that lies.
+
+    `old` is replaced by `new` in the script (`shared`: in what scripts share). Then the item has `stars`, None where
+    nothing is proven any more, and every text in `lost` is part of a claim that is said not to hold. Falls of
+    different items share a run of the script; one that touches more than its item runs `alone`.
+    """
+
+    item: str
+    old: str
+    new: str
+    stars: int | None
+    lost: Sequence[str] = ()
+    shared: bool = False
+    alone: bool = False
+
+
+def in_runs(falls: Sequence[Fall]) -> list[list[Fall]]:
+    """The falls packed into as few runs as there can be: no two of one item in the same."""
+    runs: list[list[Fall]] = []
+    for fall in falls:
+        fitting = (
+            run for run in runs if not fall.alone and not run[0].alone and fall.item not in {f.item for f in run}
+        )
+        run = next(fitting, None)
+        if run is None:
+            runs.append([fall])
+        else:
+            run.append(fall)
+    return runs
+
+
+def name_of_run(falls: Sequence[Fall]) -> str:
+    return ",".join(fall.item for fall in falls)
+
+
+def check_falls(script: Path, tmp_path: Path, falls: Sequence[Fall]) -> None:
+    """Run the script with the changes of all these falls, and look for what each must cost."""
+    changes = [(fall.old, fall.new) for fall in falls if not fall.shared]
+    shared = [(fall.old, fall.new) for fall in falls if fall.shared]
+    verdicts = evaluate(changed(script, tmp_path, *changes, shared=shared), tmp_path, *(fall.item for fall in falls))
+    for fall in falls:
+        said = f"{fall.item}, {fall.old!r} -> {fall.new!r}: {verdicts.out}{verdicts.err}"
+        assert verdicts.stars(fall.item) == fall.stars, said
+        gone = [one["claim"] for one in verdicts.items[fall.item]["evidence"] if one["held"] is False]
+        for words in fall.lost:
+            assert any(words in claim for claim in gone), f"{words!r} is not lost: {said}"
