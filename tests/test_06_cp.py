@@ -32,7 +32,7 @@ FALLS = [
     # Were there a saga in the SDK, the cap of three would be gone.
     Fall("CP-01", '"saga|compensat"', '"signal"', 4, ["no saga construct"]),
     # The undoing is not shielded: the cancellation ends it.
-    Fall("CP-01", "await asyncio.shield(undoing)\n        if", "await undoing\n        if", 3, ["cancelled while it is undone"]),
+    Fall("CP-01", "await asyncio.shield(undoing)", "await undoing", 3, ["cancelled while it is undone"]),
     # What was begun is only registered once it is known to be done.
     Fall("CP-01", REGISTER + STEP, STEP + REGISTER, None, ["a step that timed out"]),
     # The undoing has no retries.
