@@ -19,8 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the long tests to --all, unless they are named; let one that runs real evaluations run once more.
 
-    An evaluation kills processes against the clock, and on a machine that is busy with something else it
-    may rightly end as inconclusive. The closing line counts how many did. What is not an evaluation (judge, output, processes) gets one try.
+    An evaluation kills processes against the clock, and on a machine that is busy with something else it may
+    rightly end as inconclusive. The closing lines count how many did. What is not an evaluation (judge, output,
+    processes) gets one try.
     """
     named = any("::" in argument for argument in config.args)
     short = not config.getoption("--all") and not named
