@@ -22,9 +22,9 @@ from settings import HERE as HERE
 from settings import NotRun as NotRun
 from settings import Target as Target
 from settings import Unusable as Unusable
+from settings import cli_environment, load_settings, mask_streams, masked, masked_all, name_profile
 from settings import connect as connect
 from settings import find_cli as find_cli
-from settings import load_settings, mask_streams, masked, masked_all, name_profile
 from settings import redacted as redacted
 
 import argparse
@@ -174,7 +174,8 @@ def _command_stage(command: str) -> Stage:
     if cli is None:
         return "missing"
     asked = [cli, *command.split()[1:], "--help"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+    environment = cli_environment(Target(""))
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False, env=environment)
     usage = re.search(r"Usage:\s+(.+)", done.stdout)
     there = done.returncode == 0 and usage is not None and usage.group(1).startswith(command)
     return _stage(done.stdout.split("Usage:")[0]) if there else "missing"
@@ -351,6 +352,7 @@ class Session(Protocol):
     environment: dict[str, Any]
     seed: int
     ready_after: float
+    remarks: list[str]  # on the server and the settings, to be shown before anything runs
 
     @property
     def address(self) -> str:
@@ -436,6 +438,8 @@ class Screen:
         self.line(self.category.question, "italic")
         where = f"{facts['where']} {session.address}, Temporal {facts['server']}; SDK {facts['sdk']}"
         self.line(f"{where}, Python {facts['python']}, {facts['cpus']} cores; seed {session.seed}", "dim")
+        for remark in session.remarks:
+            self.line(remark, "dim")
         if self._live:
             self._live.start()
 
