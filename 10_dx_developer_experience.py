@@ -22,6 +22,7 @@ from common import (
     side_by_side,
     works,
 )
+from harness.settings import CLI_ALONE, cli_environment
 from lab import (
     Child,
     Lab,
@@ -994,8 +995,10 @@ def hello_without_network(cli: str, hello: str, folder: str) -> dict[str, str]:
     except OSError as error:
         outside = str(error)
     with open(f"{folder}/offline-server.txt", "wb") as log:
-        command = [cli, "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", "7233"]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        command = [cli, "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", "7233", *CLI_ALONE]
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=cli_environment(Target(""))
+        )
         try:
             while not answers(7233):
                 time.sleep(0.05)  # in a process of its own
@@ -1260,7 +1263,7 @@ async def try_schedule(client: Client) -> str:
 
 
 async def second_generation(binary: str, ledger: str) -> dict[str, Any]:
-    settings = ["--dynamic-config-value", "frontend.WorkflowTimeSkippingEnabled=true"]
+    settings = [*CLI_ALONE, "--dynamic-config-value", "frontend.WorkflowTimeSkippingEnabled=true"]
     async with await WorkflowEnvironment.start_time_skipping_v2(
         dev_server_existing_path=binary, dev_server_extra_args=settings, dev_server_startup_timeout=PATIENT
     ) as env:

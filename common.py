@@ -238,6 +238,7 @@ class Session(Protocol):
     environment: dict[str, Any]
     seed: int
     ready_after: float
+    remarks: list[str]  # on the server and the settings, to be shown before anything runs
 
     @property
     def address(self) -> str:

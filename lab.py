@@ -40,7 +40,15 @@ from harness.faults import (
     slow,
     withhold,
 )
-from harness.settings import MaskingFormatter, connect_to_user_server, mask_streams, user_settings
+from harness.settings import (
+    CLI_ALONE,
+    MaskingFormatter,
+    cli_environment,
+    connect_to_user_server,
+    mask_streams,
+    unused_settings,
+    user_settings,
+)
 
 import argparse
 import asyncio
@@ -103,7 +111,9 @@ async def download_cli(folder: Path) -> str:
 
     try:
         async with asyncio.timeout(180):
-            async with await WorkflowEnvironment.start_local(download_dest_dir=str(folder)):
+            async with await WorkflowEnvironment.start_local(
+                download_dest_dir=str(folder), dev_server_extra_args=CLI_ALONE
+            ):
                 return str(next(path for path in folder.iterdir() if os.access(path, os.X_OK)))
     except Exception as error:
         raise Unusable(
@@ -248,7 +258,7 @@ class Server:
                 stdout=self._log.open("ab"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")},
+                env=cli_environment(self.target),
             )
             self._guard.watch(self._process.pid)
             while time.monotonic() < begun + seconds and self._process.poll() is None:
@@ -284,7 +294,7 @@ class Server:
         command += ["--namespace", self._namespace] if self._namespace != "default" else []
         for key, value in self._settings.items():
             command += ["--dynamic-config-value", f"{key}={value}"]
-        return [*command, *self._arguments]
+        return [*command, *CLI_ALONE, *self._arguments]
 
 
 def tail(path: Path, characters: int = 400) -> str:
@@ -775,15 +785,10 @@ def open_gate(path: str) -> None:
 
 
 async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
-    """Run a `temporal` command. A server of the user's is reached through the same settings as by the SDK."""
-    environment = dict(os.environ)
-    where: list[str] = []
-    if target.address is not None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")}
-        where = ["--disable-config-file", "--address", target.address, "--namespace", target.namespace]
+    """Run a `temporal` command against `target`, reached as the SDK reaches it."""
     process = await asyncio.create_subprocess_exec(
-        cli, *arguments, *where,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+        cli, *arguments, *CLI_ALONE,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli_environment(target),
     )  # fmt: skip
     try:
         out, err = await asyncio.wait_for(process.communicate(), seconds)
@@ -925,6 +930,7 @@ class Session:
         self.target = Target(None)
         self.environment: dict[str, Any] = {}
         self.ready_after = 0.0
+        self.remarks = unused_settings()
         self._embedded: Server | None = None
         self._ui_port: int | None = None
         self._client: Client | None = None

@@ -319,7 +319,7 @@ def find_server() -> Path | None:
 
 
 def server_command(folder: Path, ports: Mapping[str, int], column: str) -> list[str]:
-    command = [str(find_server()), "server", "start-dev", "--headless", "--ip", "127.0.0.1"]
+    command = [str(find_server()), "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--env-file", os.devnull]
     command += ["--port", str(ports["frontend"]), "--db-filename", str(folder / "temporal.db"), "--log-level", "error"]
     if column != "server as it comes":
         command += [part for value in TUNED for part in ("--dynamic-config-value", value)]

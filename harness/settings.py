@@ -75,14 +75,16 @@ REACHING = (
     "TEMPORAL_CONNECT_PROXY",
     *dict.fromkeys(OLD_NAMES.values()),
 )
-KNOWN = (
-    "TEMPORAL_ADDRESS", "TEMPORAL_NAMESPACE", "TEMPORAL_PROFILE", "TEMPORAL_CONFIG_FILE",
-    *REACHING, *OLD_NAMES,
-    "TEMPORAL_CODEC_ENDPOINT", "TEMPORAL_CODEC_AUTH", "TEMPORAL_CLI_PATH",
-    # Read by the SDK itself.
+OF_THE_SDK = (  # read by the SDK itself
     "TEMPORAL_DEBUG", "TEMPORAL_CORE_PRETTY_LOGS", "TEMPORAL_MAX_INCOMING_GRPC_BYTES",
     "TEMPORAL_POLL_SHUTDOWN_INTERRUPT_WAIT_MS", "TEMPORAL_PRINT_FULL_PAYLOADS",
     "TEMPORAL_WORKFLOW_TASK_DURATION_WARN_SECONDS",
+)  # fmt: skip
+KNOWN = (
+    "TEMPORAL_ADDRESS", "TEMPORAL_NAMESPACE", "TEMPORAL_PROFILE", "TEMPORAL_CONFIG_FILE",
+    *REACHING, *OLD_NAMES,
+    "TEMPORAL_CODEC_ENDPOINT", "TEMPORAL_CODEC_AUTH", "TEMPORAL_CLI_PATH", "TEMPORAL_DOTENV",
+    *OF_THE_SDK,
 )  # fmt: skip
 HEADER = "TEMPORAL_GRPC_META_"
 # What other tools call a setting that has another name here.
@@ -101,12 +103,14 @@ FOREIGN = (
 SERVICE_LINK = re.compile(r"TEMPORAL_(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP)\w*)?)")
 
 
-def load_settings(path: Path = HERE / ".env") -> None:
+def load_settings(path: Path | None = None) -> None:
     """Add the variables of a .env file to the environment, which wins where both name one.
 
+    The file is `path`, or the one that TEMPORAL_DOTENV names, or .env beside this file.
     An empty value counts as not given. Raises Unusable for a file or line that cannot be read, for a name
     that nobody reads, and for a value that is no boolean where one is needed. No line is quoted.
     """
+    path = path or Path(os.environ.get("TEMPORAL_DOTENV") or HERE / ".env")
     given = {name: value for name, value in _read_env_file(path).items() if value}
     for name in [name for name, value in os.environ.items() if name.startswith("TEMPORAL_") and not value]:
         del os.environ[name]
@@ -117,6 +121,8 @@ def load_settings(path: Path = HERE / ".env") -> None:
     for name, value in given.items():
         if not os.environ.get(name):
             os.environ[name] = value
+    for name in ("TEMPORAL_ENV", "TEMPORAL_ENV_FILE"):  # of the CLI's own files, see CLI_ALONE
+        os.environ.pop(name, None)
     _spell_as_now()
     keep_loopback_direct()
     forget_secrets()
@@ -124,6 +130,8 @@ def load_settings(path: Path = HERE / ".env") -> None:
 
 def _read_env_file(path: Path) -> Mapping[str, str | None]:
     if not path.exists():
+        if os.environ.get("TEMPORAL_DOTENV"):
+            raise Unusable(f"TEMPORAL_DOTENV names {path}, which does not exist: correct or unset it.")
         return {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -240,6 +248,12 @@ def unused_profile() -> str | None:
     return None
 
 
+def unused_settings() -> list[str]:
+    """What was given and is not used, a sentence each."""
+    codec = "A codec server is named, and not asked: what the evaluation writes is not encoded."
+    return [words for words in (unused_profile(), codec if "TEMPORAL_CODEC_ENDPOINT" in os.environ else None) if words]
+
+
 def profile_is_named() -> bool:
     return bool(os.environ.get("TEMPORAL_PROFILE") or os.environ.get("TEMPORAL_CONFIG_FILE"))
 
@@ -348,9 +362,7 @@ def reaching_settings() -> dict[str, str]:
     found |= ours
     if "TEMPORAL_ADDRESS" not in found:
         if profile_is_named():
-            raise Unusable(
-                f"No server is named: {profile_file()} gives no address, so set one there or in TEMPORAL_ADDRESS."
-            )
+            raise Unusable(f"No server is named: {profile_file()} has no address; set it there or in TEMPORAL_ADDRESS.")
         lost = [name for name in found if name in REACHING or name.startswith(HEADER)]
         if lost:
             raise Unusable(f"{' and '.join(lost)} is set but no server is named: set TEMPORAL_ADDRESS, or unset it.")
@@ -555,9 +567,19 @@ async def connect_to_user_server(seconds: float = 8, **options: Any) -> Client:
             await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=namespace))
     except Exception as error:
         tried = f"Temporal at {address}, namespace {namespace}, cannot be used: "
-        hint = f" ({unused_profile()})" if unused_profile() else ""
-        raise Unusable(tried + explain_connection(redacted(f"{type(error).__name__}: {error}")) + hint) from None
+        why = explain_connection(redacted(f"{type(error).__name__}: {error}"))
+        raise Unusable(" ".join([tried + why, *_hints(settings)])) from None
     return client
+
+
+def _hints(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What else may be the reason for a failed connection."""
+    if "http_connect_proxy_config" in settings:
+        yield "It was asked for through TEMPORAL_CONNECT_PROXY."
+    elif any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        yield "A proxy is followed to it only when TEMPORAL_CONNECT_PROXY names one."
+    if words := unused_profile():
+        yield words
 
 
 # What a failed connection says -> what it means. The first match counts. Texts: SDK 1.35 (tonic, rustls).
@@ -600,6 +622,31 @@ def _runtime() -> Runtime:
     runtime = Runtime(telemetry=TelemetryConfig(logging=log))
     Runtime.set_default(runtime)  # a Replayer takes the default one
     return runtime
+
+
+# Commands of the Go CLI read no file of the user's: neither temporal.toml, nor temporal.yaml, as older versions
+# wrote it and the present ones still follow, even for `server start-dev`.
+CLI_ALONE = ("--disable-config-file", "--env-file", os.devnull)
+
+
+def cli_environment(target: Target) -> dict[str, str]:
+    """The environment in which `temporal`, given CLI_ALONE too, reaches `target` as connect() does.
+
+    Address, TLS, key and headers are in it and not among the arguments, which every user of the machine can read.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TEMPORAL_")}
+    if target.address is not None:
+        return environment | {"TEMPORAL_ADDRESS": target.address, "TEMPORAL_NAMESPACE": target.namespace}
+    found = {name: value for name, value in reaching_settings().items() if "_CODEC_" not in name}
+    if not found:
+        return environment
+    proxy = found.pop("TEMPORAL_CONNECT_PROXY", None)
+    host = found["TEMPORAL_ADDRESS"].rpartition(":")[0].strip("[]")
+    if proxy:
+        environment |= dict.fromkeys(("HTTPS_PROXY", "https_proxy"), proxy if "://" in proxy else f"http://{proxy}")
+    elif "no_proxy" in environment:  # the SDK follows no proxy of the environment, so this command does not, either
+        environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), f"{environment['no_proxy']},{host}")
+    return environment | found
 
 
 def find_cli() -> str | None:

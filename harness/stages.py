@@ -6,6 +6,8 @@ module or a whole package, in a parameter's or a field's text, or behind a param
 above its usage, or in a flag's text. All of these are looked at, and the least mature one counts.
 """
 
+from harness.settings import Target, cli_environment
+
 import ast
 import enum
 import functools
@@ -221,7 +223,10 @@ def _help(cli: str | None, *words: str) -> str | None:
     if cli is None:
         return None
     try:
-        done = subprocess.run([cli, *words, "--help"], capture_output=True, text=True, timeout=60, check=False)
+        environment = cli_environment(Target(""))
+        done = subprocess.run(
+            [cli, *words, "--help"], capture_output=True, text=True, timeout=60, check=False, env=environment
+        )
     except OSError:
         return None
     return done.stdout if done.returncode == 0 and "Usage:" in done.stdout else None

@@ -17,12 +17,20 @@ SCRIPTS = sorted(ROOT.glob("[01][0-9]_*.py"))
 
 # The settings of whoever runs the tests must not decide how they end.
 NEUTRAL = ("TEMPORAL_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LC_", "LANG", "TERM")
+# Nor must their proxies: the tests set some of their own.
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command under test: ours without the settings that steer it, then `changes`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NEUTRAL)}
-    return kept | {"LANG": "C.UTF-8", "TEMPORAL_CONFIG_FILE": ""} | changes
+    kept = {name: value for name, value in kept.items() if name.lower() not in PROXIES}
+    return kept | {"LANG": "C.UTF-8"} | changes
+
+
+def own_dotenv(script: Path) -> dict[str, str]:
+    """Keep the .env of whoever runs the tests from a script that stands beside it."""
+    return {"TEMPORAL_DOTENV": os.devnull} if script.resolve().parent == ROOT else {}
 
 
 def run(
@@ -32,7 +40,7 @@ def run(
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env=environment(**(env or {})),
+        env=environment(**(own_dotenv(cwd / command[0]) | dict(env or {}))),
         capture_output=True,
         text=True,
         encoding="utf-8",

@@ -6,7 +6,9 @@ from lab import Guard, Server
 import asyncio
 import concurrent.futures
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -75,3 +77,46 @@ def gateway(address: str, refuse: Refuse) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         front.stop(None)
+
+
+@dataclass
+class ConnectProxy:
+    """A proxy as companies have them. `asked` are the request lines it was given, with their authorization."""
+
+    address: str
+    asked: list[tuple[str, str]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def connect_proxy(routes: Mapping[str, str]) -> Iterator[ConnectProxy]:
+    """A proxy that knows the way to `routes`, name to address, by CONNECT, and refuses everything else."""
+    seen: list[tuple[str, str]] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode(errors="replace").splitlines()
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+        seen.append((head[0], headers.get("proxy-authorization", "")))
+        method, name, *_ = head[0].split()
+        if method != "CONNECT" or name not in routes:
+            writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            writer.close()
+            return
+        host, port = routes[name].split(":")
+        there_reader, there_writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+
+    loop = asyncio.new_event_loop()
+    listener = loop.run_until_complete(asyncio.start_server(accept, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield ConnectProxy(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", seen)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)

@@ -1,5 +1,7 @@
 """Script 11 as a whole, with a model of one's own, and each of its verdicts made to fall."""
 
+from harness.settings import CLI_ALONE
+
 import importlib.util
 import multiprocessing
 import os
@@ -65,7 +67,7 @@ def a_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
     port, file = free_port(), tmp_path / "histories.sqlite"
     cli = Path(sys.executable).with_name("temporal")
-    command = [str(cli), "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", str(port)]
+    command = [str(cli), "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", str(port), *CLI_ALONE]
     process = subprocess.Popen(
         [*command, "--db-filename", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

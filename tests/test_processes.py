@@ -1,5 +1,6 @@
 """Nothing is left behind: no server, no worker, no folder, however a run ends."""
 
+import os
 import re
 import signal
 import subprocess
@@ -105,7 +106,7 @@ def test_ctrl_c_at_any_moment(tmp_path: Path, delay: float) -> None:
     tag = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "01_ex_execution_semantics.py"), "EX-03"],
-        env=environment(**{TAG: tag, "TMPDIR": str(tmp_path)}),
+        env=environment(**{TAG: tag, "TMPDIR": str(tmp_path), "TEMPORAL_DOTENV": os.devnull}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -95,5 +95,17 @@ async def stays(lab: Lab) -> AsyncIterator[Evidence]:
     yield works("never", True, "")
 
 
+@TT.item("TT-08", "Looks from everywhere")
+async def looks(lab: Lab) -> AsyncIterator[Evidence]:
+    """The server is reached by the SDK here, by a worker process, and by the Go CLI."""
+    async with lab.worker_process([Hello]):
+        hello = await lab.client.execute_workflow(Hello.run, "you", id=lab.id, task_queue=lab.task_queue)
+    seen = await lab.cli("workflow", "describe", "--workflow-id", lab.id)
+    yield works("the CLI finds it, too", hello == "Hello, you" and seen.code == 0, f"exit {seen.code}: {seen.err}")
+    yield control(
+        "one that does not exist is not found", (await lab.cli("workflow", "describe", "-w", "no")).code == 1, ""
+    )
+
+
 if __name__ == "__main__":
     run(TT)
