@@ -17,23 +17,26 @@ from pathlib import Path
 HARNESS = ("common", "lab", "cluster", "harness")
 
 MAIN = '''
-async def main() -> None:
+async def main() -> int:
     """Connect as the TEMPORAL_* variables or the profile say, by default to a server on this machine."""
     config = ClientConfig.load_client_connect_config()
     config.setdefault("target_host", "localhost:7233")
     try:
         client = await Client.connect(**config)
     except RuntimeError as error:
-        sys.exit(f"No Temporal server answers ({error}). Start one with: temporal server start-dev")
+        print(f"No Temporal server answers ({error}). Start one with: temporal server start-dev", file=sys.stderr)
+        return 1
     await example(client)
+    return 0
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    status = asyncio.run(main())
+    sys.stdout.flush()
+    # With SDK 1.35 the interpreter sometimes aborts while it tears itself down, so it is not given the chance.
+    os._exit(status)
 '''
-MAIN_IMPORTS = (
-    "import asyncio\nimport sys\nfrom temporalio.client import Client\nfrom temporalio.envconfig import ClientConfig\n"
-)
+MAIN_IMPORTS = "import asyncio\nimport os\nimport sys\nfrom temporalio.client import Client\nfrom temporalio.envconfig import ClientConfig\n"
 
 
 @dataclass(frozen=True)
