@@ -22,6 +22,7 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
 
 from harness.evidence import (
     LABELS,
+    SCHEMA,
     STAR_NEEDING,
     Evidence,
     Fact,
@@ -62,6 +63,7 @@ from harness.settings import (
     masked_all,
     name_profile,
     redacted,
+    sdk_version,
 )
 
 import argparse
@@ -94,7 +96,7 @@ __all__ = [
     "HERE", "LABELS", "STAR_NEEDING", "Evidence", "Fact", "NotRun", "Spread", "Target", "Unusable", "Verdict",
     "at_least", "at_most", "between", "cited", "connect", "contains", "control", "differs", "equal", "figure",
     "find_cli", "holds", "judge", "lacks", "limit", "load_settings", "native", "not_run", "one_of", "redacted",
-    "slowness", "words", "works",
+    "sdk_version", "slowness", "words", "works",
 ]  # fmt: skip
 
 
@@ -159,13 +161,6 @@ class Category:
             return demonstrate
 
         return register
-
-
-def sdk_version() -> str:
-    """The version of the installed Python SDK."""
-    import importlib.metadata
-
-    return importlib.metadata.version("temporalio")
 
 
 @dataclass(frozen=True)
@@ -478,6 +473,8 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the items, and whether their lessons can be copied")
     parser.add_argument("--copy", metavar="ITEM", help="write the lesson of ITEM as a file that runs on its own")
     parser.add_argument("--json", metavar="FILE", help="write the verdicts and their evidence to FILE")
+    parser.add_argument("--against", metavar="RUN", help="say what differs from a recorded run: a folder or a file")
+    parser.add_argument("--accept", action="store_true", help="with --against: write this run in its place")
     parser.add_argument("--keep-open", action="store_true", help="leave the embedded server and its Web UI up")
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
@@ -495,6 +492,7 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     options.chosen = [item for item in category.items if not asked or item.id in asked]
     for option in ("json", "log"):
         check_writable(option, getattr(options, option))
+    check_baseline(options.against, options.accept)
     return options
 
 
@@ -523,6 +521,16 @@ def copy(category: Category, item: str) -> str:
     if text is None:
         raise Unusable(f"{item.upper()} has no lesson that stands on its own: read its section of the script.")
     return text
+
+
+def check_baseline(path: str | None, accept: bool) -> None:
+    """Raise Unusable before anything runs where --against names no record, or --accept has nothing to write to."""
+    from harness.record import load_run
+
+    if path is not None:
+        load_run(Path(path))
+    elif accept:
+        raise Unusable("--accept is for --against RUN: name the run that this one is to replace.")
 
 
 def check_writable(option: str, path: str | None) -> None:
@@ -642,19 +650,49 @@ async def _evaluate(options: argparse.Namespace, session: Session, screen: Scree
     screen.summary(results, session, time.monotonic() - begun)
     for line in left:
         screen.line(line)
+    record = record_of(screen.category, session, results)
     if options.json:
-        write_json(options.json, screen.category, session, results)
-    return 0 if all(result.passes for result in results) else 1
+        write_json(options.json, record)
+    passes = all(result.passes for result in results)
+    differs = options.against and against(options.against, screen.category, record, options.accept, screen)
+    return 0 if passes and not differs else 1
 
 
-def write_json(path: str, category: Category, session: Session, results: Sequence[Result]) -> None:
-    """Write the verdicts with their evidence and the environment they were seen in."""
+def record_of(category: Category, session: Session, results: Sequence[Result]) -> dict[str, Any]:
+    """The verdicts with their evidence and the environment they were seen in: see docs/record.schema.json."""
     record = {
+        "schema": SCHEMA,
         "category": category.id,
         "title": category.title,
         "environment": session.environment,
         "items": [result.as_json() for result in results],
     }
+    masked_record: dict[str, Any] = masked_all(record)
+    return masked_record
+
+
+def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(masked_all(record), file, indent=1, ensure_ascii=False)
+        json.dump(record, file, indent=1, ensure_ascii=False)
         file.write("\n")
+
+
+def against(path: str, category: Category, record: Mapping[str, Any], accept: bool, screen: Screen) -> int:
+    """Show what differs from a recorded run. Returns the exit status: 1 where something was lost, or it is stale.
+
+    `accept` writes the new record in its place, and then nothing is stale.
+    """
+    from harness.compare import compare, lines_of, status_of
+    from harness.record import CategoryRecord, Run, load_run
+
+    there, here = load_run(Path(path)), Run("this run", [CategoryRecord.model_validate(record)])
+    changes = compare(there, here)
+    for style, text in lines_of(there, here, changes):
+        screen.line(text, style, hang=7)
+    if not accept:
+        return status_of(changes)
+    file = Path(path) / f"{script_of(category).stem}.json" if Path(path).is_dir() else Path(path)
+    write_json(file, record)
+    screen.line(f"Accepted: {file}")
+    return 0

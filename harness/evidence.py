@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+SCHEMA = 2  # of a record; 1 was without facts
 Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
 STAR_NEEDING: Mapping[Kind, int] = {"works": 3, "holds": 4, "native": 5, "limit": 5}
 LABELS = {1: "unsupported", 2: "experimental", 3: "PoC", 4: "production-ready", 5: "recommended"}

@@ -36,7 +36,12 @@ if __name__ == "__main__":
     # With SDK 1.35 the interpreter sometimes aborts while it tears itself down, so it is not given the chance.
     os._exit(status)
 '''
-MAIN_IMPORTS = "import asyncio\nimport os\nimport sys\nfrom temporalio.client import Client\nfrom temporalio.envconfig import ClientConfig\n"
+MAIN_IMPORTS = """import asyncio
+import os
+import sys
+from temporalio.client import Client
+from temporalio.envconfig import ClientConfig
+"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import difflib
 import functools
+import importlib.metadata
 import io
 import json
 import logging
@@ -658,3 +659,8 @@ def find_cli() -> str | None:
         return named
     beside = Path(sys.executable).with_name("temporal")
     return str(beside) if os.access(beside, os.X_OK) else None
+
+
+def sdk_version() -> str:
+    """The version of the installed Python SDK."""
+    return importlib.metadata.version("temporalio")
