@@ -99,22 +99,22 @@ class Evidence:
     stage: Stage | None = None
 
 
-def works(claim: str, held: bool | None, measured: str) -> Evidence:
+def works(claim: str, held: bool | None = None, measured: str = "") -> Evidence:
     """Does the main case work? Needed for three stars."""
     return Evidence("works", claim, held, measured)
 
 
-def holds(claim: str, held: bool | None, measured: str) -> Evidence:
+def holds(claim: str, held: bool | None = None, measured: str = "") -> Evidence:
     """Does it hold at the edges: faults, kills, races, bad input? Needed for four stars."""
     return Evidence("holds", claim, held, measured)
 
 
-def control(claim: str, held: bool | None, measured: str) -> Evidence:
+def control(claim: str, held: bool | None = None, measured: str = "") -> Evidence:
     """Does the failure appear when the feature is left out? If not, the item is inconclusive."""
     return Evidence("control", claim, held, measured)
 
 
-def limit(claim: str, seen: bool | None, measured: str, cap: int = 4) -> Evidence:
+def limit(claim: str, seen: bool | None = None, measured: str = "", cap: int = 4) -> Evidence:
     """Is this known limitation there? If seen, it caps the stars at 4, or at 3 where users must build it."""
     return Evidence("limit", claim, seen, measured, cap=cap)
 
@@ -341,7 +341,7 @@ def piece(*declared: Evidence) -> Callable[[Part[P]], Callable[P, Coroutine[Any,
     Where the part is refused, or raises NotRun, these pieces are not run, with the reason, and the rest of the
     item is judged. They are written as evidence without a measurement:
 
-        @piece(holds("six overlap policies do what they say", None, ""))
+        @piece(holds("six overlap policies do what they say"))
         async def overlap_policies(lab: Lab) -> Evidence:
             lab.needs("schedules")  # NotRun at once, and not after a minute of waiting
             ...

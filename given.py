@@ -366,12 +366,16 @@ class Inventory:
         await self._all(names, delete, "schedules", "Schedule", f"schedule delete -n {self._space} --schedule-id")
 
     async def _batches(self) -> None:
-        """Batch operations have an id that was noted, or a reason that begins as every name of ours does."""
+        """Batch operations have an id that was noted, or a query that names something of ours."""
         running = temporalio.api.enums.v1.BatchOperationState.BATCH_OPERATION_STATE_RUNNING
         names = self._names("batch")
         with unavailable():
             listed = await self._ask.list_batch_operations(service.ListBatchOperationsRequest(namespace=self._space))
-            names += [one.job_id for one in listed.operation_info if self._ours(one.job_id)]
+            for one in listed.operation_info:
+                if one.state == running:
+                    asked = service.DescribeBatchOperationRequest(namespace=self._space, job_id=one.job_id)
+                    query = (await self._ask.describe_batch_operation(asked)).query
+                    names += [one.job_id] if any(prefix in query for prefix in self._prefixes) else []
 
         async def stop(id: str) -> bool:
             asked = service.DescribeBatchOperationRequest(namespace=self._space, job_id=id)
