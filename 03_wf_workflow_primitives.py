@@ -6,7 +6,7 @@ it does in a plain program, what the server adds to it (a timer without a proces
 of its own), and where the server's limits show through the plain code.
 """
 
-from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from common import Category, Evidence, causes, control, holds, limit, native, piece, side_by_side, works
 from lab import (
     Lab,
     Server,
@@ -203,8 +203,10 @@ async def take_steps(lab: Lab, kind: str) -> Taken:
     return Taken(right, per_step, 1000 * await lasted(handle) / STEPS, told)
 
 
+@piece(works("a standalone activity is run and retried without any workflow"))
 async def standalone(lab: Lab) -> Evidence:
     """An activity started by the client itself: a durable, retried job without a workflow around it."""
+    lab.needs("standalone activities")
     ledger, id = lab.file("standalone"), f"{lab.id}-standalone"
     result = await lab.client.execute_activity(
         async_step,
@@ -305,7 +307,8 @@ async def step_definition(lab: Lab) -> AsyncIterator[Evidence]:
             all(one.right for one in taken.values()),
             "; ".join(one.told for one in taken.values()),
         )
-        yield await standalone(lab)
+        for evidence in await standalone(lab):
+            yield evidence
     yield holds(
         "a step costs six events of history, a local one a single event",
         all(one.events_per_step == KINDS[kind][1] for kind, one in taken.items()),
@@ -1358,8 +1361,10 @@ async def pause(handle: ScheduleHandle, ledger: str) -> None:
     await until(all_reported, "every action has reported")
 
 
+@piece(holds("a schedule runs at its interval, not while paused but for a trigger, and goes on when unpaused"))
 async def interval_and_pause(lab: Lab) -> Evidence:
     """Runs every second, is paused, is triggered by hand while paused, and goes on."""
+    lab.needs("schedules")
     ledger = lab.file("interval")
     async with schedule(
         lab, "interval", Report, every(seconds=1), argument=ledger, overlap=ScheduleOverlapPolicy.ALLOW_ALL
@@ -1384,7 +1389,9 @@ async def interval_and_pause(lab: Lab) -> Evidence:
     )
 
 
+@piece(holds("a backfill makes up for exactly the hours asked for"))
 async def backfill(lab: Lab) -> Evidence:
+    lab.needs("schedules")
     ledger = lab.file("backfill")
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     wanted = [hour - timedelta(hours=number) for number in range(10, 0, -1)]
@@ -1403,8 +1410,10 @@ async def backfill(lab: Lab) -> Evidence:
     )
 
 
+@piece(holds("cron strings: each second, and half past nine on weekdays in a time zone"))
 async def cron(lab: Lab) -> Evidence:
     """A cron string with seconds that fires, and one whose next times are computed here as well."""
+    lab.needs("schedules")
     ledger, zone = lab.file("cron"), ZoneInfo("Europe/Berlin")
     each_second = ScheduleSpec(cron_expressions=["* * * * * * *"])
     office = ScheduleSpec(cron_expressions=["30 9 * * MON-FRI"], time_zone_name=zone.key)
@@ -1501,7 +1510,9 @@ async def actions(handle: ScheduleHandle) -> list[str]:
     return [one.action.workflow_id for one in recent if isinstance(one.action, ScheduleActionExecutionStartWorkflow)]
 
 
+@piece(holds("the six overlap policies do what they say when two more runs fall due while one is at work"))
 async def overlap_policies(lab: Lab) -> Evidence:
+    lab.needs("schedules")
     found = dict(zip(OVERLAPS, await asyncio.gather(*(overlapping(lab, policy) for policy in OVERLAPS)), strict=True))
     return holds(
         "the six overlap policies do what they say when two more runs fall due while one is at work",
@@ -1651,8 +1662,13 @@ async def all_served(ledger: str, count: int) -> None:
     await until(lambda: sum(line[0] == "-" for line in notes(ledger)) >= count, "all were served")
 
 
+@piece(
+    works("max_concurrent_activities=4 is reached and never exceeded"),
+    control("the same load without the limit exceeds it"),
+)
 async def concurrency_limit(lab: Lab) -> tuple[Evidence, Evidence]:
     """The same tickets, for a worker that takes four at a time and for one that takes what comes."""
+    lab.needs("standalone activities")
     four = await crowd(lab, "four", 4, max_concurrent_activities=4)
     unlimited = await crowd(lab, "unlimited", 24)
     return works(
@@ -1682,7 +1698,12 @@ async def crowd(lab: Lab, name: str, expected: int, **options: Any) -> int:
 RATE = 10
 
 
+RATE_HOLDS = f"max_task_queue_activities_per_second={RATE} holds over 5 s, after the first second, within 20 %"
+
+
+@piece(works(RATE_HOLDS), limit("in its first second a limited queue lets a burst through"))
 async def rate_limit(lab: Lab) -> tuple[Evidence, Evidence]:
+    lab.needs("standalone activities")
     count = RATE * 8
     ledger = await submit(lab, "rate", ["anyone"] * count)
     async with lab.worker([], [serve], task_queue=f"{lab.id}-rate", max_task_queue_activities_per_second=RATE):
@@ -1691,7 +1712,7 @@ async def rate_limit(lab: Lab) -> tuple[Evidence, Evidence]:
     five = sum(per_second[second] for second in range(1, 6))
     told = f"{count} activities waiting; begun in each second: {', '.join(str(per_second[s]) for s in range(6))}"
     return works(
-        f"max_task_queue_activities_per_second={RATE} holds over 5 s, after the first second, within 20 %",
+        RATE_HOLDS,
         RATE * 5 * 0.5 <= five <= RATE * 5 * 1.2,
         f"{told}; {five / 5:.1f} a second from the second one on",
     ), limit(
@@ -1704,8 +1725,10 @@ async def rate_limit(lab: Lab) -> tuple[Evidence, Evidence]:
 SLOW = 5
 
 
+@piece(holds(f"a rate of {SLOW}/s, set at run time on the queue, is kept, and unset it is free again"))
 async def rate_at_run_time(lab: Lab) -> Evidence:
     """An operator slows a queue down and frees it again; its worker is not touched."""
+    lab.needs("standalone activities", "task queue settings")
     count, took, queue = 40, [], f"{lab.id}-throttled"
     async with lab.worker([], [serve], task_queue=queue):
         for number, limited in enumerate(("default", str(SLOW), "default")):
@@ -1852,7 +1875,8 @@ async def queues(lab: Lab) -> AsyncIterator[Evidence]:
     rates = asyncio.create_task(rate_limit(lab))
     for evidence in await concurrency_limit(lab):
         yield evidence
-    yield await rate_at_run_time(lab)
+    for evidence in await rate_at_run_time(lab):
+        yield evidence
     async for evidence in with_fairness(lab):
         yield evidence
     async for evidence in side_by_side(fairness_is_off(lab), four_partitions(lab)):

@@ -6,7 +6,7 @@ missing worker nor a crash loses it. The four items ask what that promises for s
 waits for something, what can start one, and how its state is read from outside.
 """
 
-from common import Category, Evidence, Target, connect, control, holds, limit, native, side_by_side, works
+from common import Category, Evidence, Target, connect, control, holds, limit, native, piece, side_by_side, works
 from lab import (
     Lab,
     count_events,
@@ -921,7 +921,14 @@ async def wait_of(handle: Handle) -> tuple[str, str, float, float]:
     return str(handle.run_id), begun.continued_execution_run_id, backoff.total_seconds(), waited.total_seconds()
 
 
+BY_CLOCK = "a schedule and a cron expression each start a workflow again and again, and never before it is due"
+BY_MESSAGE = "a workflow is started by the first signal, and by the first update, that is sent to it"
+STARTED_ALL_THE_SAME = "update-with-start: an update that its validator refuses leaves the workflow started"
+
+
+@piece(works(BY_CLOCK))
 async def by_clock(lab: Lab) -> Evidence:
+    lab.needs("schedules")
     scheduled, cron = await asyncio.gather(by_schedule(lab), by_cron(lab))
     due = [at for at, _ in scheduled]
     punctual = all(at <= begun and at.microsecond == 0 for at, begun in scheduled)
@@ -929,7 +936,7 @@ async def by_clock(lab: Lab) -> Evidence:
     chained = len(cron) == 2 and cron[0][1] == "" and cron[1][1] == cron[0][0]
     waited = all(0 < asked <= 1 and asked <= got for _, _, asked, got in cron)
     return works(
-        "a schedule and a cron expression each start a workflow again and again, and never before it is due",
+        BY_CLOCK,
         len(set(due)) == len(scheduled) == 2 and punctual and chained and waited,
         f"schedule of every second: {len(scheduled)} runs, {delays} after they were due; cron '@every 1s': "
         f"{len(cron)} runs, the second continued from the first: {chained}; waited "
@@ -937,8 +944,10 @@ async def by_clock(lab: Lab) -> Evidence:
     )
 
 
+@piece(works(BY_MESSAGE))
 async def by_message(lab: Lab) -> Evidence:
     """Message and start in one request: the workflow is there, or is started, and has the message either way."""
+    lab.needs("updates", "update-with-start")
     ledgers = {name: lab.file(name) for name in ("signalled", "updated")}
     await lab.client.execute_workflow(
         OnEvent.run,
@@ -954,7 +963,7 @@ async def by_message(lab: Lab) -> Evidence:
     await lab.client.get_workflow_handle(f"{lab.id}-updated").result()
     signal_seen, update_seen = reports(ledgers["signalled"]), reports(ledgers["updated"])
     return works(
-        "a workflow is started by the first signal, and by the first update, that is sent to it",
+        BY_MESSAGE,
         [one.event for one in signal_seen] == ["first signal"] and answer == 1
         and [one.event for one in update_seen] == ["first update"] and signal_seen[0].run_id != update_seen[0].run_id,
         f"ledger: {', '.join(one.event for one in signal_seen + update_seen)}, each in a run of its own; "
@@ -1016,7 +1025,9 @@ async def signal_nobody(lab: Lab) -> Evidence:
     )
 
 
+@piece(limit(STARTED_ALL_THE_SAME))
 async def refused_update_with_start(lab: Lab) -> Evidence:
+    lab.needs("updates", "update-with-start")
     handle, reason = lab.client.get_workflow_handle(f"{lab.id}-refused"), "accepted"
     try:
         await lab.client.execute_update_with_start_workflow(
@@ -1028,7 +1039,7 @@ async def refused_update_with_start(lab: Lab) -> Evidence:
     if status == WorkflowExecutionStatus.RUNNING:
         await handle.terminate("nobody asked for it")
     return limit(
-        "update-with-start: an update that its validator refuses leaves the workflow started",
+        STARTED_ALL_THE_SAME,
         reason == "an event must have a name" and status == WorkflowExecutionStatus.RUNNING,
         f"the update: {reason!r}; the workflow then: {name_of(status) if status else 'not there'}",
     )

@@ -6,7 +6,7 @@ The four items ask how the code says which path a run belongs to, how a break is
 deployed, how workers are exchanged under running workflows, and how the stored data follows.
 """
 
-from common import Category, Evidence, cited, control, holds, limit, native, side_by_side, works
+from common import Category, Evidence, cited, control, holds, limit, native, piece, side_by_side, works
 from lab import Lab, Server, count_events, failed_tasks, name_of, note, notes, run, sandbox, status_of, until
 
 import asyncio
@@ -508,7 +508,7 @@ async def no_current_version(shop: Shop) -> Evidence:
     current = await set_current(shop.lab.client, shop.queue, "1.0")
     seconds = await until(lambda: waits(waiting.handle, ["pay"]), "the run begins")
     return limit(
-        "with workers polling but no current version set, a run waits, and reports no error, until one is set",
+        WAITS,
         before["WORKFLOW_TASK_SCHEDULED"] == 1 and before["WORKFLOW_TASK_STARTED"] == 0 and not failed,
         f"3 s after its worker registered: status {name_of(status)}, history {', '.join(before)}, no failure; "
         f"current version set and routed in {current:.1f} s, then at its first wait after {seconds:.1f} s",
@@ -531,8 +531,16 @@ async def version_info(client: Client, deployment: str, build: str) -> WorkerDep
     return found.worker_deployment_version_info
 
 
+STAYS = "pinned runs stay on their build though the next one is incompatible; new runs go to the current build"
+MOVES = "auto-upgrade runs move to the current build, patched, and go on as they were begun"
+ENDS_THERE = "an activity that is running during the switch ends on its build, once, and its run goes on"
+WAITS = "with workers polling but no current version set, a run waits, and reports no error, until one is set"
+
+
+@piece(works(STAYS), holds(MOVES), holds(ENDS_THERE), limit(WAITS))
 async def deployments(lab: Lab) -> list[Evidence]:
     """Build 2.0 becomes current while four orders of build 1.0 are open, two of them inside an activity."""
+    lab.needs("worker deployments")
     shop = Shop(lab, f"{lab.id}-shop", lab.file("gate"))
     async with shop.worker("1.0"):
         limited = await no_current_version(shop)
@@ -569,7 +577,7 @@ def routed_rightly(endings: dict[str, Ending], switch: float) -> list[Evidence]:
     fresh = ("screen on 2.0", "pay on 2.0", "ship on 2.0")
     return [
         works(
-            "pinned runs stay on their build though the next one is incompatible; new runs go to the current build",
+            STAYS,
             ran("waiting", "pay on 1.0", "ship on 1.0")
             and ran("PinnedOrder-waiting", "pay on 1.0", "ship on 1.0")
             and ran("PinnedOrder-new", *fresh)
@@ -578,12 +586,12 @@ def routed_rightly(endings: dict[str, Ending], switch: float) -> list[Evidence]:
             f"routed {switch:.1f} s after the switch",
         ),
         holds(
-            "auto-upgrade runs move to the current build, patched, and go on as they were begun",
+            MOVES,
             ran("MovingOrder-waiting", "pay on 1.0", "ship on 2.0"),
             f"{told('MovingOrder-waiting')}; builds: {', '.join(endings['MovingOrder-waiting'].builds)}",
         ),
         holds(
-            "an activity that is running during the switch ends on its build, once, and its run goes on",
+            ENDS_THERE,
             ran("PinnedOrder-paying", "pay on 1.0", "ship on 1.0")
             and ran("MovingOrder-paying", "pay on 1.0", "ship on 2.0"),
             told("PinnedOrder-paying", "MovingOrder-paying"),
@@ -1237,8 +1245,14 @@ async def nothing_lost(way: Rollout) -> Evidence:
     )
 
 
+HOP = "two workers without versioning, old and new code on one queue: runs hop between them and break"
+MOVE_OVER = "a worker without versioning beside a current version gets no run, and open runs it had begun move over"
+
+
+@piece(control(HOP), holds(MOVE_OVER))
 async def unversioned_beside(lab: Lab) -> list[Evidence]:
     """A worker that was forgotten in the move to versioning polls the same queue with old code."""
+    lab.needs("worker deployments")
     queue = f"{lab.id}-beside"
 
     async def started(name: str, count: int) -> list[Begun]:
@@ -1267,13 +1281,13 @@ async def unversioned_beside(lab: Lab) -> list[Evidence]:
     broken = [one.trouble for one in endings if "TMPRL1100" in one.trouble]
     return [
         control(
-            "two workers without versioning, old and new code on one queue: runs hop between them and break",
+            HOP,
             len(broken) > 0,
             f"current version taken away; {len(broken)} of {len(mixed)} runs failed a workflow task: "
             f"{(broken or ['none'])[0][:150]}; worked on by: {dict(builds_that_ran(mixed))}",
         ),
         holds(
-            "a worker without versioning beside a current version gets no run, and open runs it had begun move over",
+            MOVE_OVER,
             builds_that_ran(fresh) == {"2.0": 5} and builds_that_ran(adopted) == {"2.0, unversioned old": 3},
             f"{len(fresh)} new runs: {dict(builds_that_ran(fresh))}; 3 begun by the unversioned worker: "
             f"{dict(builds_that_ran(adopted))} - the first current version takes over every open unversioned run, so "
@@ -1292,8 +1306,14 @@ async def start_order(
     return Begun(handle, ledger, queue)
 
 
+UNCONFIGURED = "a workflow that declares a versioning behavior hangs on a worker without deployment_config"
+NOT_DRAINED = "with the server's own settings, an empty version is not reported DRAINED within 8 s"
+
+
+@piece(limit(UNCONFIGURED))
 async def annotated_but_unversioned(lab: Lab) -> Evidence:
     """The workflow says that it is pinned, but its worker was given no deployment_config."""
+    lab.needs("worker deployments")
     queue = f"{lab.id}-annotated"
     async with lab.worker([PinnedOrderOne], Crew("unversioned").activities, task_queue=queue):
         order = await start_order(lab, "PinnedOrder", "annotated", queue, task_timeout=SOON)
@@ -1304,7 +1324,7 @@ async def annotated_but_unversioned(lab: Lab) -> Evidence:
         seconds = await until(timed_out, "a workflow task timed out")
         status, failed = await status_of(order.handle), await failed_tasks(order.handle)
     return limit(
-        "a workflow that declares a versioning behavior hangs on a worker without deployment_config",
+        UNCONFIGURED,
         status == WorkflowExecutionStatus.RUNNING and not failed and notes(order.ledger) == [],
         f"the worker started without complaint; {seconds:.1f} s later the first workflow task had timed out (timeout "
         f"{SOON.total_seconds():.0f} s, default 10 s): status {name_of(status)}, no step taken, no failure in the "
@@ -1312,8 +1332,10 @@ async def annotated_but_unversioned(lab: Lab) -> Evidence:
     )
 
 
+@piece(limit(NOT_DRAINED))
 async def default_drainage(lab: Lab) -> Evidence:
     """A version that never had a run, on the server as it is set: how soon is it reported drained?"""
+    lab.needs("worker deployments")
     deployment = f"{lab.id}-default"
 
     def worker(build: str) -> Worker:
@@ -1328,7 +1350,7 @@ async def default_drainage(lab: Lab) -> Evidence:
         info = (await version_info(lab.client, deployment, "1.0")).drainage_info
     status = VersionDrainageStatus.Name(info.status).removeprefix("VERSION_DRAINAGE_STATUS_")
     return limit(
-        "with the server's own settings, an empty version is not reported DRAINED within 8 s",
+        NOT_DRAINED,
         status != "DRAINED",
         f"no run was ever started on it; 8 s after the switch: {status}, last checked "
         f"{(info.last_checked_time.ToDatetime() - info.last_changed_time.ToDatetime()).total_seconds():.1f} s after "
@@ -1339,8 +1361,7 @@ async def default_drainage(lab: Lab) -> Evidence:
 @VR.item("VR-03", "Migration strategy", seconds=150)
 async def migration(lab: Lab) -> AsyncIterator[Evidence]:
     """Three builds of one deployment; every order has a ledger that says which build took which step."""
-    others = together(annotated_but_unversioned(lab), default_drainage(lab))
-    async with beside(unversioned_beside(lab), others) as tasks:
+    async with beside(unversioned_beside(lab), annotated_but_unversioned(lab), default_drainage(lab)) as tasks:
         async for evidence in rollout(lab):
             yield evidence
         for task in tasks:

@@ -48,6 +48,7 @@ from harness.evidence import (
     words,
     works,
 )
+from harness.given import refusal
 from harness.lesson import copy_of, lessons_of
 from harness.machine import Room, Ticker, slowness
 from harness.settings import (
@@ -70,6 +71,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -79,9 +81,9 @@ import secrets
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TextIO, get_args
+from typing import Any, NoReturn, ParamSpec, Protocol, TextIO, get_args
 
 import pydantic_core
 from rich.console import Console, Group, RenderableType
@@ -210,17 +212,64 @@ def fact_as_json(name: str, fact: Fact) -> dict[str, Any]:
     return {"name": name, "measured": measured, "expected": fact.expected, "held": fact.held}
 
 
+P = ParamSpec("P")
+Part = Callable[P, Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]]
+
+
+def piece(*declared: Evidence) -> Callable[[Part[P]], Callable[P, Coroutine[Any, Any, list[Evidence]]]]:
+    """For a part of an item that somebody's server may refuse: what evidence it gives, known before it runs.
+
+    Where the part is refused, or raises NotRun, these pieces are not run, with the reason, and the rest of the
+    item is judged. They are written as evidence without a measurement:
+
+        @piece(holds("six overlap policies do what they say"))
+        async def overlap_policies(lab: Lab) -> Evidence:
+            lab.needs("schedules")  # NotRun at once, and not after a minute of waiting
+            ...
+
+    A declared claim that the part then does not yield is an error, so that the two cannot drift apart.
+    """
+
+    def wrap(part: Part[P]) -> Callable[P, Coroutine[Any, Any, list[Evidence]]]:
+        @functools.wraps(part)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> list[Evidence]:
+            try:
+                seen = await part(*args, **kwargs)
+            except Exception as error:
+                if (why := refusal(error)) is None:
+                    raise
+                return [replace(one, held=None, measured=why) for one in declared]
+            found = [seen] if isinstance(seen, Evidence) else list(seen)
+            if lost := {one.claim for one in declared} - {one.claim for one in found}:
+                raise RuntimeError(f"{part.__name__} declares {lost} and does not yield it")
+            return found
+
+        return run
+
+    return wrap
+
+
 async def side_by_side(*parts: Coroutine[Any, Any, "Evidence | Iterable[Evidence]"]) -> AsyncIterator["Evidence"]:
     """Run the parts of an item at the same time, and yield the evidence of each, one piece or several, as it comes.
 
-    If one fails, the others are cancelled.
+    If one fails, the others are cancelled. One that is refused (see piece()) lets the others go on, and then NotRun
+    is raised: what it would have shown is not known here.
     """
     tasks = [asyncio.ensure_future(part) for part in parts]
+    refused: str | None = None
     try:
         for task in asyncio.as_completed(tasks):
-            seen = await task
+            try:
+                seen = await task
+            except Exception as error:
+                refused = refusal(error) or refused
+                if refusal(error) is None:
+                    raise
+                continue
             for evidence in [seen] if isinstance(seen, Evidence) else seen:
                 yield evidence
+        if refused:
+            raise NotRun(refused)
     finally:
         for one in tasks:
             one.cancel()
@@ -283,8 +332,8 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
 
 def verdict_of(evidence: Sequence[Evidence], error: BaseException | None, starved: str | None) -> Verdict:
     """judge(), for a demonstration that ended with `error` or without."""
-    if isinstance(error, NotRun):
-        return Verdict("not_run", None, str(error))
+    if why := refusal(error):
+        return Verdict("not_run", None, why)
     if isinstance(error, BrokenPipeError):
         raise error
     if error is not None:
@@ -602,7 +651,10 @@ async def _main(
                 await session.stay(screen.line, stopped)
         else:
             screen.close()
-            await session.tidy()
+            work.cancel()  # what still runs shall not make anything new
+            await asyncio.wait({work}, timeout=5)
+            for words in await session.tidy():
+                print(words, file=sys.stderr)
             print(f"{signal.Signals(stopped.result()).name}: stopped, workers and servers ended", file=sys.stderr)
             leave_with = 128 + stopped.result()
     except Unusable as error:

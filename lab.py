@@ -40,12 +40,17 @@ from harness.faults import (
     slow,
     withhold,
 )
+from harness.given import Capabilities, Inventory, capabilities, refused_command, remember_command
 from harness.settings import (
     CLI_ALONE,
+    LEFT,
+    MADE,
     MaskingFormatter,
     cli_environment,
     connect_to_user_server,
+    is_given,
     mask_streams,
+    remember,
     unused_settings,
     user_settings,
 )
@@ -84,7 +89,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from temporalio.api.enums.v1 import EventType
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, GetSystemInfoRequest
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
 from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
@@ -323,6 +328,8 @@ def make_worker(
     options.setdefault("workflow_runner", sandbox())
     if "deployment_config" not in options:
         options.setdefault("build_id", "evaluation")
+    elif (version := options["deployment_config"].version) is not None:
+        remember("deployment", version.deployment_name)
     if not all(inspect.iscoroutinefunction(activity) for activity in activities):
         options.setdefault("activity_executor", ThreadPoolExecutor(100))
     return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
@@ -590,6 +597,23 @@ class Lab:
         self.folder = session.folder / item
         self.folder.mkdir()
 
+    def needs(self, *features: str) -> None:
+        """Raise NotRun at once when the evaluated server does not offer one of these, by the names of Capabilities.
+
+        They are: updates, update-with-start, schedules, batch operations, worker deployments, standalone activities,
+        task queue settings, operator calls, visibility, system worker.
+        """
+        there = self._session.capabilities
+        for feature in features:
+            if feature not in there.features:
+                raise ValueError(f"there is no feature {feature!r}: choose from {', '.join(there.features)}")
+            if feature in there.missing:
+                raise NotRun(f"the server does not offer {feature}: {there.missing[feature]}")
+
+    def limit(self, name: str) -> int | None:
+        """A limit that the evaluated server tells of, in bytes ("payload" or "memo"); None when it does not."""
+        return self._session.capabilities.limits.get(name)
+
     def flag(self, name: str) -> bool:
         """Whether the command line gave this flag of the category."""
         return bool(getattr(self._session.options, name))
@@ -769,7 +793,12 @@ class Lab:
         if self._session.cli is None:
             raise NotRun("the temporal command line is needed, and there is none")
         target = server.target if server else self._session.target
-        return await run_cli(self._session.cli, target, arguments, seconds)
+        if target.address is None:
+            remember_command(arguments)
+        done = await run_cli(self._session.cli, target, arguments, seconds)
+        if target.address is None and done.code and (why := refused_command(done.err)):
+            raise NotRun(why)
+        return done
 
 
 async def _answer(path: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
@@ -917,6 +946,7 @@ class Session:
 
     def __init__(self, options: argparse.Namespace) -> None:
         check_port(options)
+        given = is_given()
         self.options = options
         self.token = uuid.uuid4().hex[:8]
         self.seed: int = options.seed
@@ -926,6 +956,10 @@ class Session:
         self.log = Path(options.log) if options.log else self.folder / "log.txt"
         self.guard = Guard(self.folder)
         self._nurseries: list[Nursery] = []
+        self._prefixes: list[str] = []  # of the names of everything that the items make
+        self.capabilities = Capabilities()
+        if given:
+            os.environ[MADE] = str(self.folder / "made.txt")  # every process started from here notes in it, too
         self.nursery = self.new_nursery()
         self.target = Target(None)
         self.environment: dict[str, Any] = {}
@@ -955,6 +989,7 @@ class Session:
         return self.target.address or str(user_settings()["target_host"])
 
     def lab(self, item: str) -> Lab:
+        self._prefixes.append(f"{item}-{self.token}")
         return Lab(self, item)
 
     def new_nursery(self, modules: Sequence[str] = ()) -> Nursery:
@@ -973,11 +1008,13 @@ class Session:
         else:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun
-        system = await self.client.workflow_service.get_system_info(GetSystemInfoRequest())
+        self.capabilities = await capabilities(self.client)
+        if self._embedded is None:
+            self.remarks += self.capabilities.told()
         self.environment = {
             "python": platform.python_version(),
             "sdk": sdk_version(),
-            "server": system.server_version,
+            "server": self.capabilities.version,
             "where": "embedded server" if self._embedded else "given server",
             "os": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpus": os.cpu_count(),
@@ -1008,21 +1045,17 @@ class Session:
         else:
             say("The server is yours, so there is nothing to keep open.")
 
-    async def tidy(self, seconds: float = 5) -> list[str]:
-        """Terminate what the items left running on a server of the user's. Returns what is to be said of it."""
-        if self._embedded or self._client is None:
+    async def tidy(self) -> list[str]:
+        """Take what the items made away from a server of the user's. Returns what is to be said of it."""
+        for nursery in self._nurseries:
+            nursery.close()  # no worker goes on making things meanwhile
+        if self._embedded or self._client is None or not self._prefixes:
             return []
-        found = 0
-        with contextlib.suppress(RPCError, TimeoutError):
-            async with asyncio.timeout(seconds):
-                for item in self.folder.iterdir():
-                    query = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{item.name}-{self.token}"'
-                    async for run in self.client.list_workflows(query):
-                        found += 1
-                        handle = self.client.get_workflow_handle(run.id, run_id=run.run_id)
-                        with contextlib.suppress(RPCError):
-                            await handle.terminate("left over by the evaluation")
-        return [f"{found} workflows that were still running on your server were terminated"] if found else []
+        inventory = Inventory(self.client, self._prefixes)
+        await inventory.remove()
+        if path := os.environ.get(LEFT):
+            inventory.hand_over(path)
+        return inventory.told()
 
     def close(self) -> None:
         """Every process of ours is gone when this returns, and so is the folder."""

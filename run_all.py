@@ -17,7 +17,17 @@ from common import (
     stop_signals,
     wrapped,
 )
-from harness.settings import load_settings, mask_streams, masked, name_profile, user_settings
+from harness.given import Inventory, handed_over
+from harness.settings import (
+    LEFT,
+    Target,
+    connect,
+    load_settings,
+    mask_streams,
+    masked,
+    name_profile,
+    user_settings,
+)
 from lab import Guard, make_folder
 
 import argparse
@@ -311,6 +321,22 @@ async def run_scripts(scripts: Sequence[Script], board: Board, options: argparse
             await one(script, *(["--plot"] if options.pictures else []))
 
 
+async def take_away(left: Path, board: Board, seconds: float = 330) -> list[str]:
+    """Remove what the scripts could not: some worker deployments are let go after minutes. Returns what stays."""
+    found = handed_over(left)
+    later = [name for name, _ in found if name]
+    lines = [line for name, told in found if not name for line in told]
+    if later:
+        board.line(
+            f"{len(later)} worker deployments are still on your server, which keeps them until it has forgotten their "
+            "workers, five minutes unless it is set otherwise. They are removed then; Ctrl-C leaves them there."
+        )
+        inventory = Inventory(await connect(Target(None)))
+        await inventory.remove_deployments(later, seconds, seconds)
+        lines += inventory.told()
+    return lines
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises Unusable or exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description="Run the evaluation: all numbered scripts, or those named.")
@@ -380,6 +406,8 @@ async def main(options: argparse.Namespace) -> int:
     board = Board(make_console())
     folder = make_folder()
     guard = Guard(folder)
+    left = folder / "left.txt"
+    os.environ[LEFT] = str(left)
     scripts = [Script(path, folder, guard) for path in options.paths]
     signal_number = signal.SIGTERM
     try:
@@ -389,9 +417,19 @@ async def main(options: argparse.Namespace) -> int:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             work.result()
-            return conclude(scripts, board, options)
+            code = conclude(scripts, board, options)
+            tidying = asyncio.create_task(take_away(left, board))
+            waited: set[asyncio.Future[Any]] = {tidying, stopped}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if tidying.done():
+                for words in tidying.result():
+                    board.line(words)
+                return code
         signal_number = signal.Signals(stopped.result())
         work.cancel()
+        await asyncio.gather(*(script.stop(signal_number) for script in scripts))
+        for words in [line for _, told in handed_over(left) for line in told]:
+            print(words, file=sys.stderr)
         print(f"{signal_number.name}: stopped", file=sys.stderr)
         return 128 + signal_number
     finally:

@@ -26,7 +26,7 @@ from typing import Any
 import dotenv
 import dotenv.parser
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
-from temporalio.client import Client
+from temporalio.client import Client, Interceptor, OutboundInterceptor
 from temporalio.envconfig import ClientConfigProfile
 from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.service import HttpConnectProxyConfig
@@ -544,9 +544,67 @@ def mask_streams() -> None:
 # 3. Connection ----------------------------------------------------------------------------------------
 
 
+def is_given() -> bool:
+    """Whether the server evaluated is the user's own. Raises Unusable where the settings contradict themselves."""
+    return bool(reaching_settings())
+
+
+MADE = "EVALUATION_MADE"  # names the file in which every process of a run notes what it made on a server of the user's
+
+
+LEFT = "EVALUATION_LEFT"  # names the file in which a script tells run_all.py what it could not take away
+
+
+def made_file() -> str:
+    return os.environ.get(MADE, "")
+
+
+def remember(kind: str, name: str) -> None:
+    """Note that something was made, so that it is taken away in the end (see Inventory in given.py).
+
+    `kind` is workflow, schedule, activity, batch, deployment, queue, search attribute, endpoint or namespace. What a
+    client of connect() starts, what `lab.cli` makes and the deployments of `lab.worker` are noted by themselves; what a
+    raw call to the server makes is not.
+    """
+    if path := made_file():
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, f"{json.dumps([kind, name])}\n".encode())
+        finally:
+            os.close(descriptor)
+
+
+class Remembering(Interceptor):
+    """Notes what a client starts."""
+
+    def intercept_client(self, next: OutboundInterceptor) -> OutboundInterceptor:
+        return _Remembering(super().intercept_client(next))
+
+
+class _Remembering(OutboundInterceptor):
+    # Before the call and not after: a call that fails here may have arrived there. `Any`, since older SDKs lack some.
+
+    async def start_workflow(self, input: Any) -> Any:
+        remember("workflow", input.id)
+        return await super().start_workflow(input)
+
+    async def start_update_with_start_workflow(self, input: Any) -> Any:
+        remember("workflow", input.start_workflow_input.id)
+        return await super().start_update_with_start_workflow(input)
+
+    async def create_schedule(self, input: Any) -> Any:
+        remember("schedule", input.id)
+        return await super().create_schedule(input)
+
+    async def start_activity(self, input: Any) -> Any:
+        remember("activity", input.id)
+        return await super().start_activity(input)
+
+
 async def connect(target: Target, **options: Any) -> Client:
     """A client for `target`; `options` go to Client.connect (data_converter, interceptors, plugins)."""
     if target.address is None:
+        options["interceptors"] = [*options.get("interceptors", []), Remembering()]
         return await Client.connect(**(user_settings() | {"runtime": _runtime()} | options))
     own: dict[str, Any] = {"namespace": target.namespace, "runtime": _runtime()}
     return await Client.connect(target.address, **(own | options))

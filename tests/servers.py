@@ -14,7 +14,7 @@ from typing import cast
 
 import grpc
 
-Refuse = Callable[[str, Mapping[str, str]], tuple[grpc.StatusCode, str] | None]
+Refuse = Callable[[str, Mapping[str, str]], tuple[grpc.StatusCode, str] | bytes | None]
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def given_server(folder: Path, namespace: str = "evaluation", **settings: str) -
 class Gateway(grpc.GenericRpcHandler):
     """A real gRPC server that passes calls on to another one, except those that `refuse` answers.
 
-    `refuse` is given the call's path and its metadata, and returns a status with a text, or None.
+    `refuse` is given the call's path and its metadata. It returns a status with a text, an answer, or None.
     """
 
     def __init__(self, address: str, refuse: Refuse) -> None:
@@ -46,13 +46,17 @@ class Gateway(grpc.GenericRpcHandler):
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
             sent = {key: str(value) for key, value in context.invocation_metadata()}
             refused = self._refuse(str(handler_call_details.method), sent)
+            if isinstance(refused, bytes):
+                return refused
             if refused:
                 context.abort(*refused)
             passed = tuple((key, value) for key, value in sent.items() if not key.startswith(("user-agent", "grpc-")))
             method = str(handler_call_details.method)
             call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._upstream.unary_unary(method)
             try:
-                answered, report = call.with_call(request, metadata=passed, timeout=context.time_remaining())
+                answered, report = call.with_call(
+                    request, metadata=passed, timeout=min(context.time_remaining() or 70, 70)
+                )
             except grpc.RpcError as error:  # which is the call, too, says grpcio
                 failed = cast(grpc.Call, error)
                 context.set_trailing_metadata(tuple(failed.trailing_metadata() or ()))

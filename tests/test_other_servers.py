@@ -1,0 +1,198 @@
+"""Servers that are set up differently: what they refuse is not run, at once and by name; the rest is judged."""
+
+from common import Evidence, holds, piece, side_by_side
+from harness.given import refusal
+from lab import Server
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from helpers import ROOT, Verdicts, evaluate, tiny
+from servers import gateway, given_server
+from temporalio.service import RPCError, RPCStatusCode
+
+OFF = {
+    "frontend__enableSchedules": "false",
+    "frontend__enableBatcher": "false",
+    "frontend__enableExecuteMultiOperation": "false",
+    "activity__enableStandalone": "false",
+    "system__enableDeploymentVersions": "false",
+}
+NO_SYSTEM_WORKER = {"worker__perNamespaceWorkerCount": "0"}
+
+
+def given(address: str) -> dict[str, str]:
+    return {"TEMPORAL_ADDRESS": address, "TEMPORAL_NAMESPACE": "evaluation"}
+
+
+def not_run(verdicts: Verdicts, item: str) -> dict[str, str]:
+    """The claims of an item that were not run, each with the reason."""
+    return {one["claim"]: one["measured"] for one in verdicts.items[item]["evidence"] if one["held"] is None}
+
+
+def held(verdicts: Verdicts, item: str) -> int:
+    """How many claims of an item were looked at; none may have failed."""
+    looked_at = [one for one in verdicts.items[item]["evidence"] if one["held"] is not None]
+    assert all(one["held"] for one in looked_at if one["kind"] != "limit"), verdicts.out
+    return len(looked_at)
+
+
+@pytest.fixture(scope="module")
+def switched_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with given_server(tmp_path_factory.mktemp("server"), **OFF) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def unattended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that runs no worker of its own for the namespace."""
+    with given_server(tmp_path_factory.mktemp("server"), **NO_SYSTEM_WORKER) as server:
+        yield server
+
+
+def refuse_operators(path: str, sent: Mapping[str, str]) -> tuple[grpc.StatusCode, str] | None:
+    """What a company's gateway may say to everything that is not for users."""
+    operator = "OperatorService" in path or path.endswith("UpdateTaskQueueConfig")
+    return (grpc.StatusCode.PERMISSION_DENIED, "Request unauthorized.") if operator else None
+
+
+def test_what_a_server_can_do_is_asked_and_printed(switched_off: Server, tmp_path: Path) -> None:
+    with gateway(switched_off.address, refuse_operators) as address:
+        done = evaluate(tiny(tmp_path), tmp_path, "TT-01", env=given(address))
+    words = " ".join(done.out.split())
+    for line in (
+        "Temporal 1.", "It offers updates,", "limits: payload 2,097,152 bytes",
+        "It does not offer schedules: the server refuses it (PERMISSION_DENIED: Schedules are disabled",
+        "It does not offer batch operations: the server refuses it",
+        "It does not offer worker deployments: the server refuses it",
+        "It does not offer standalone activities: the server refuses it (UNIMPLEMENTED: Standalone activity is",
+        "It does not offer operator calls: the server refuses it (PERMISSION_DENIED: Request unauthorized.)",
+        "It does not offer task queue settings: the server refuses it",
+    ):  # fmt: skip
+        assert line in words
+    assert done.stars("TT-01") == 5
+
+
+def test_a_missing_system_worker_is_noticed(unattended: Server, tmp_path: Path) -> None:
+    done = evaluate(tiny(tmp_path), tmp_path, "TT-01", env=given(unattended.address))
+    words = " ".join(done.out.split())
+    assert "It does not offer system worker: the server's own worker for this namespace does not run" in words
+    assert "It does not offer schedules: the server's own worker" in words
+    assert "standalone activities, task queue settings; limits" in words
+
+
+# Script, item -> how many of its claims are not run where the features are off, and where no system worker runs.
+REFUSED = [
+    ("03_wf_workflow_primitives.py", "WF-01", 1, 0),
+    ("03_wf_workflow_primitives.py", "WF-05", 4, 4),
+    ("03_wf_workflow_primitives.py", "WF-06", 5, 0),
+    ("04_sg_signals_events.py", "SG-03", 1, 1),
+    ("05_vr_versioning.py", "VR-01", 4, 4),
+    ("05_vr_versioning.py", "VR-03", 4, 4),
+    ("06_cp_compensation.py", "CP-02", 1, 1),
+    ("06_cp_compensation.py", "CP-04", 3, 3),
+]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("script", "item", "off", "unwatched"), REFUSED)
+@pytest.mark.parametrize("which", ["switched_off", "unattended"])
+def test_what_is_refused_is_not_run_and_the_rest_is_judged(
+    request: pytest.FixtureRequest, tmp_path: Path, which: str, script: str, item: str, off: int, unwatched: int
+) -> None:
+    server: Server = request.getfixturevalue(which)
+    verdicts = evaluate(ROOT / script, tmp_path, item, env=given(server.address))
+    assert verdicts.items[item]["outcome"] == "judged", verdicts.out
+    lost = not_run(verdicts, item)
+    lost = {claim: why for claim, why in lost.items() if "the server" in why}
+    assert len(lost) == (off if which == "switched_off" else unwatched), verdicts.out
+    assert all(why.startswith("the server does not offer") for why in lost.values()), lost
+    assert held(verdicts, item) >= 3
+
+
+def test_one_item_where_schedules_are_off(switched_off: Server, tmp_path: Path) -> None:
+    """The default run's share of the test above."""
+    verdicts = evaluate(ROOT / "04_sg_signals_events.py", tmp_path, "SG-03", env=given(switched_off.address))
+    (why,) = (why for why in not_run(verdicts, "SG-03").values() if "schedules" in why)
+    assert why.startswith("the server does not offer schedules: the server refuses it")
+    assert verdicts.items["SG-03"]["outcome"] == "judged"
+    assert held(verdicts, "SG-03") >= 5
+
+
+# The machinery by itself -------------------------------------------------------------------------------
+
+
+def rpc(status: RPCStatusCode, message: str) -> RPCError:
+    return RPCError(message, status, b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (rpc(RPCStatusCode.UNIMPLEMENTED, "unknown method"), True),
+        (rpc(RPCStatusCode.PERMISSION_DENIED, "Request unauthorized."), True),
+        (rpc(RPCStatusCode.INVALID_ARGUMENT, "activity pause is disabled on this namespace"), True),
+        (rpc(RPCStatusCode.FAILED_PRECONDITION, "workflow pause is not enabled"), True),
+        (rpc(RPCStatusCode.INVALID_ARGUMENT, "WorkflowId is not set on request."), False),
+        (rpc(RPCStatusCode.NOT_FOUND, "workflow not found"), False),
+        (rpc(RPCStatusCode.DEADLINE_EXCEEDED, "too late"), False),
+        (rpc(RPCStatusCode.RESOURCE_EXHAUSTED, "namespace rate limit exceeded"), False),
+        (ValueError("disabled"), False),
+        (None, False),
+    ],
+)
+def test_what_is_a_refusal(error: BaseException | None, refused: bool) -> None:
+    assert bool(refusal(error)) is refused
+    if error:
+        outer = RuntimeError("outer")
+        outer.__cause__ = error
+        assert bool(refusal(outer)) is refused
+
+
+def test_a_limit_of_somebodys_server_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMPORAL_ADDRESS", "a.test:1")
+    assert "a limit" in str(refusal(rpc(RPCStatusCode.RESOURCE_EXHAUSTED, "namespace rate limit exceeded")))
+
+
+@piece(holds("it is there"), holds("so is this"))
+async def part(error: Exception | None, *claims: str) -> list[Evidence]:
+    if error:
+        raise error
+    return [holds(claim, True, "seen") for claim in claims]
+
+
+async def collected(*parts: Any) -> list[Evidence]:
+    return [one async for one in side_by_side(*parts)]
+
+
+def test_a_piece_that_is_refused_is_not_run_and_the_others_are() -> None:
+    no = rpc(RPCStatusCode.UNIMPLEMENTED, "no such call")
+    found = asyncio.run(collected(part(no), part(None, "it is there", "so is this")))
+    assert sorted((one.claim, one.held) for one in found if one.held is None) == [
+        ("it is there", None), ("so is this", None),
+    ]  # fmt: skip
+    assert all("no such call" in one.measured for one in found if one.held is None)
+    assert sum(one.held is True for one in found) == 2
+
+
+def test_a_piece_that_fails_or_forgets_a_claim_is_an_error() -> None:
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(collected(part(ValueError("broken"))))
+    with pytest.raises(RuntimeError, match="so is this"):
+        asyncio.run(collected(part(None, "it is there")))
+
+
+def test_an_item_that_is_refused_as_a_whole_is_not_run(switched_off: Server, tmp_path: Path) -> None:
+    script = tiny(tmp_path)
+    text = script.read_text().replace(
+        'raise ValueError("thrown on purpose") from KeyError("the cause")', "await lab.client.list_schedules()\n"
+        "    async for _ in await lab.client.list_schedules():\n        pass",
+    )  # fmt: skip
+    script.write_text(text)
+    verdicts = evaluate(script, tmp_path, "TT-03", env=given(switched_off.address))
+    assert verdicts.items["TT-03"]["outcome"] == "not_run"
+    assert "Schedules are disabled" in verdicts.items["TT-03"]["reason"]
