@@ -13,7 +13,7 @@ from typing import NoReturn
 
 REFERENCE = 50.0  # million turns of the loop below a second: two quiet cores, Python 3.11
 SLOW = float(os.environ.get("EVALUATION_SLOW") or 4)  # times slower: from here on a loss may be slowness
-STALL = 1.0  # seconds: a tick that comes so late took the processor from what was tried
+STALL = SLOW / 4  # seconds: a tick that comes so late took the processor from what was tried
 SPEED = "EVALUATION_SPEED"  # the variable that tells a script's processes how slow the machine is
 ROOM = "EVALUATION_ROOM"  # the variable that names the folder of the locks for items that run alone
 
