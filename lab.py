@@ -63,6 +63,7 @@ import logging
 import os
 import platform
 import random
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -660,6 +661,20 @@ class Session:
         if path := os.environ.get(LEFT):
             inventory.hand_over(path)
         return inventory.told()
+
+    def cpu_seconds(self) -> dict[str, float] | None:
+        """Processor seconds: of this process, and of the servers and workers it started, those that ended too."""
+        try:
+            import psutil
+        except ImportError:
+            return None
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        others = ended.ru_utime + ended.ru_stime
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                used = child.cpu_times()
+                others += used.user + used.system + used.children_user + used.children_system
+        return {"own": round(time.process_time(), 2), "servers_and_workers": round(others, 2)}
 
     def close(self) -> None:
         """Every process of ours is gone when this returns, and so is the folder."""
