@@ -64,7 +64,7 @@ from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 from temporalio.api.common.v1 import WorkflowExecution, WorkflowType
-from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.enums.v1 import TaskQueueKind, TaskQueueType
 from temporalio.api.operatorservice.v1 import AddOrUpdateRemoteClusterRequest
 from temporalio.api.replication.v1 import ClusterReplicationConfig, NamespaceReplicationConfig
 from temporalio.api.taskqueue.v1 import TaskQueue
@@ -305,7 +305,7 @@ class Region:
         """SIGKILL of everything at once: the region is gone until start()."""
         for one in self.processes:
             if one.alive:
-                os.killpg(one.pid, signal.SIGKILL)
+                os.kill(one.pid, signal.SIGSTOP)  # none of them sees another one go
         for one in self.processes:
             one.kill()
 
@@ -439,15 +439,16 @@ class Region:
 
     async def _hands_out_a_task(self) -> bool:
         """Start a workflow, take its first task as a worker would, and delete it again."""
-        service, queue = self.client.workflow_service, TaskQueue(name=f"readiness-{secrets.token_hex(4)}")
+        name, kind = f"readiness-{secrets.token_hex(4)}", TaskQueueKind.TASK_QUEUE_KIND_NORMAL
+        service, queue = self.client.workflow_service, TaskQueue(name=name, kind=kind)
         started = StartWorkflowExecutionRequest(
-            namespace="default", workflow_id=queue.name, request_id=queue.name,
+            namespace="default", workflow_id=name, request_id=name,
             workflow_type=WorkflowType(name="Readiness"), task_queue=queue,
         )  # fmt: skip
         run = await service.start_workflow_execution(started)
         poll = PollWorkflowTaskQueueRequest(namespace="default", task_queue=queue, identity="readiness")
         task = await service.poll_workflow_task_queue(poll)
-        execution = WorkflowExecution(workflow_id=queue.name, run_id=run.run_id)
+        execution = WorkflowExecution(workflow_id=name, run_id=run.run_id)
         done = DeleteWorkflowExecutionRequest(namespace="default", workflow_execution=execution)
         await service.delete_workflow_execution(done)
         return task.workflow_execution.run_id == run.run_id
@@ -559,11 +560,12 @@ class Cluster:
         ports = dict(kept.get("ports", {}))
         ports |= {"a-frontend-1": self._port} if self._port else {}
         ports = {name: port for name, port in ports.items() if port_is_free(port) or port == self._port}
-        for name in "ab"[: self._wanted["regions"]]:
-            folder = await asyncio.to_thread(self._data, name, self._restore or empty)
-            self.regions.append(Region(name, self, folder, ports))
+        names = "ab"[: self._wanted["regions"]]
+        copies = [asyncio.to_thread(self._data, name, self._restore or empty) for name in names]
         bucket = [self.archive.start()] if isinstance(self.archive, Bucket) else []
-        await asyncio.gather(*bucket, *(region.start() for region in self.regions))
+        folders, _ = await asyncio.gather(asyncio.gather(*copies), asyncio.gather(*bucket))
+        self.regions += [Region(name, self, folder, ports) for name, folder in zip(names, folders, strict=True)]
+        await asyncio.gather(*(region.start() for region in self.regions))
         if self.paired:
             await self._pair()
         if self._keep:

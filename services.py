@@ -458,13 +458,14 @@ class Process:
         """SIGKILL, to all of it at once: no goodbye, nothing flushed. Gone when this returns."""
         if self._process is None:
             return
+        if self.alive:
+            self._process.send_signal(signal.SIGSTOP)  # from here on it makes no more children
         members = self._members()
         self._spent += _cpu(members)
         for one in members:
             _signal(one, signal.SIGKILL)
         self._process.wait()
-        for one in members[1:]:
-            _wait_gone(one)
+        _wait_gone(members[1:])
         self._gone()
 
     async def stop(self, seconds: float = 30) -> float:
@@ -559,11 +560,22 @@ def _signal(process: "psutil.Process", number: int) -> None:
         process.send_signal(number)
 
 
-def _wait_gone(process: "psutil.Process") -> None:
+def _wait_gone(processes: "Sequence[psutil.Process]", seconds: float = 10) -> None:
+    """Wait for processes that are not our children; whether somebody has asked how they ended does not matter."""
+    deadline = time.monotonic() + seconds
+    while any(map(_runs, processes)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"within {seconds:g} s after SIGKILL it did not happen that every process is gone")
+        time.sleep(0.005)
+
+
+def _runs(process: "psutil.Process") -> bool:
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.wait(10)
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def listens(port: int) -> bool:
