@@ -101,6 +101,8 @@ def find_programs(server: str = SERVER) -> Programs:
     server_build, ui_build = builds(server)
     ui = ui_build.folder / "server" if is_whole(ui_build.folder) else None
     if named := os.environ.get("TEMPORAL_SERVER_PATH"):
+        with contextlib.suppress(Unusable):
+            ui = _official(named, "ui")
         return Programs(_official(named, "server"), _official(named, "sql"), ui, postgres)
     if not is_whole(server_build.folder):
         raise NotRun(f"a real cluster is needed and Temporal server {server} is not prepared: {HOW_TO_PREPARE}")
@@ -109,12 +111,14 @@ def find_programs(server: str = SERVER) -> Programs:
 
 def _official(folder: str, program: str) -> Path:
     """A program of the folder that TEMPORAL_SERVER_PATH names, by the name of the release or of the module."""
-    names = {"server": ("temporal-server", "server"), "sql": ("temporal-sql-tool", "sql")}[program]
-    for name in names:
+    names = {"server": ("temporal-server", "server"), "sql": ("temporal-sql-tool", "sql"), "ui": ("ui-server",)}
+    for name in names[program]:
         path = Path(folder) / name
         if path.is_file() and os.access(path, os.X_OK):
             return path.absolute()
-    raise Unusable(f"TEMPORAL_SERVER_PATH names {folder}, where no {names[0]} can be executed: correct or unset it.")
+    raise Unusable(
+        f"TEMPORAL_SERVER_PATH names {folder}, where no {names[program][0]} can be executed: correct or unset it."
+    )
 
 
 SIZES = "sizes.json"
@@ -170,13 +174,14 @@ async def prepare(server: str, show: Callable[[str], None], keep_build: bool = F
 
     May be interrupted and repeated: what was made is moved into place whole, and Go goes on where it was.
     """
+    named = os.environ.get("TEMPORAL_SERVER_PATH")
     async with alone(show) as folder:
-        for one in builds(server):
-            if is_whole(one.folder) or (one.name == "server" and os.environ.get("TEMPORAL_SERVER_PATH")):
+        for one in [] if named else builds(server):
+            if is_whole(one.folder):
                 continue
             check_space(folder)
             await _build(one, folder, show)
-        if not keep_build:
+        if not keep_build and not named:
             await asyncio.to_thread(shutil.rmtree, folder / "go", ignore_errors=True)  # 3 GB of sources and objects
     try:
         programs = find_programs(server)
@@ -585,6 +590,24 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+async def serves(port: int) -> bool:
+    """Whether a gRPC server at a loopback port answers the first words of HTTP/2.
+
+    A service listens long before it serves, and may still end in between when its database is away.
+    """
+    settings = b"\0\0\0\4\0\0\0\0\0"  # an empty SETTINGS frame, which each side sends first
+    try:
+        async with asyncio.timeout(1):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+                return (await reader.readexactly(9))[3:4] == b"\4"
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        return False
+
+
 class Database(Process):
     """A PostgreSQL server with the data of one region. Started again it keeps its port and its data.
 
@@ -743,7 +766,7 @@ class Service(Process):
         return f"http://127.0.0.1:{self.ports['metricsPort']}/metrics"
 
     async def start(self, seconds: float = 60) -> float:
-        """Start it and wait until it listens. One that lost a port to another program gets others, if it may."""
+        """Start it and wait until it serves. One that lost a port to another program gets others, if it may."""
         begun = time.monotonic()
         for _ in range(5):
             path = self.place.folder / f"{self.name}.yaml"
@@ -760,7 +783,7 @@ class Service(Process):
             ]
             self._launch(command, env=self._env)
             try:
-                return await self._until_usable(lambda: listens(self.ports["grpcPort"]), begun, seconds)
+                return await self._until_usable(lambda: serves(self.ports["grpcPort"]), begun, seconds)
             except Ended as error:
                 self._gone()
                 if "address already in use" not in str(error):

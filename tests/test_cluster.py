@@ -6,13 +6,14 @@ What needs the prepared programs is skipped where `uv run cluster.py prepare` wa
 from cluster import Cluster, parse_services
 from common import NotRun, Unusable
 from lab import make_worker, note, notes, until
-from services import BUILD_TROUBLE, SERVER, SIZES, check_space, explain_build, find_programs, is_whole
+from services import BUILD_TROUBLE, KINDS, SERVER, SIZES, check_space, explain_build, find_programs, is_whole
 
 import asyncio
 import fcntl
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,6 +32,7 @@ from temporalio import activity, workflow
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, RegisterNamespaceRequest
 from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.service import RPCError, RPCStatusCode
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from test_processes import TAG, tagged, wait_for
 
 COMMAND = ROOT / "cluster.py"
@@ -171,7 +174,7 @@ def test_what_a_failed_build_says(said: str, words: str) -> None:
 def test_every_meaning_can_be_met() -> None:
     texts = ["quota", "unexpected EOF", "dial tcp", "signal: killed", "unknown revision"]
     for (pattern, _), text in zip(BUILD_TROUBLE, texts, strict=True):
-        assert __import__("re").search(pattern, "disk " + text), pattern
+        assert re.search(pattern, "disk " + text), pattern
 
 
 def test_a_half_built_cache_is_none(tmp_path: Path) -> None:
@@ -325,7 +328,7 @@ def test_a_port_that_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("prepared")
-def test_what_is_kept_is_found_again(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_is_kept_is_found_again() -> None:
     folder = Path("/var/tmp") / f"temporal-example-kept-{uuid.uuid4().hex[:8]}"
     try:
         up = Up(folder, "--keep", folder)
@@ -401,10 +404,15 @@ async def write(step: str) -> None:
     note(ledger, entry)
 
 
+def worker(client: Client, task_queue: str) -> Worker:
+    """Outside the sandbox, which would import this file and pytest with it for every run."""
+    return make_worker(client, task_queue, [Counting], [write], workflow_runner=UnsandboxedWorkflowRunner())
+
+
 async def run_through(client: Client, ledger: Path, hurt: Callable[[], Awaitable[object]], workflows: int = 10) -> None:
     """Workflows whose cluster is hurt while they run: every one ends with its signal, no step is missing."""
     queue = f"hurt-{uuid.uuid4().hex[:8]}"
-    async with make_worker(client, queue, [Counting], [write]):
+    async with worker(client, queue):
         ids = [f"{queue}-{number}" for number in range(workflows)]
         start = client.start_workflow
         handles = [await start(Counting.run, str(ledger), id=id, task_queue=queue) for id in ids]
@@ -419,7 +427,7 @@ async def run_through(client: Client, ledger: Path, hurt: Callable[[], Awaitable
     }
 
 
-async def patiently[T](call: Callable[[], Awaitable[T]], seconds: float = 60) -> T:
+async def patiently(call: Callable[[], Awaitable[Any]], seconds: float = 60) -> Any:
     """A call that is made again while the cluster is hurt."""
     async with asyncio.timeout(seconds):
         while True:
@@ -493,7 +501,7 @@ def test_shards_move(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("prepared")
 def test_a_rolling_restart(tmp_path: Path) -> None:
     async def test() -> None:
-        async with Cluster(services=dict.fromkeys(("frontend", "history", "matching", "worker"), 2)) as cluster:
+        async with Cluster(services=dict.fromkeys(KINDS, 2)) as cluster:
 
             async def hurt() -> None:
                 for one in list(cluster.region.services):
@@ -521,7 +529,8 @@ def test_two_regions_fail_over(tmp_path: Path) -> None:
                 try:
                     return (await own.get_workflow_handle(handle.id).describe()).status is not None
                 except RPCError as error:
-                    assert error.status == RPCStatusCode.NOT_FOUND
+                    if error.status != RPCStatusCode.NOT_FOUND:
+                        raise
                     return False
 
             await until(replicated, "b holds the workflow itself")
@@ -530,7 +539,7 @@ def test_two_regions_fail_over(tmp_path: Path) -> None:
             assert not any(one.alive for one in a.processes)
             await cluster.fail_over("global", to=b)
             assert await cluster.active_region("global", b) == "b"
-            async with make_worker(in_b, "over", [Counting], [write]):
+            async with worker(in_b, "over"):
                 await in_b.get_workflow_handle("over").signal(Counting.hear, 7)
                 assert await in_b.get_workflow_handle("over").result() == [7]
             with pytest.raises(RPCError, match="not found"):  # an ordinary namespace is gone with its region
@@ -568,16 +577,14 @@ def test_closed_runs_are_archived(tmp_path: Path, kind: str) -> None:
                 return True
 
             await until(known, "the namespace can be used")
-            async with make_worker(client, "archived", [Counting], [write]):
+            async with worker(client, "archived"):
                 handle = await client.start_workflow(
                     Counting.run, str(tmp_path / "ledger"), id="archived", task_queue="archived",
                     start_signal="hear", start_signal_args=[1],
                 )  # fmt: skip
                 assert await handle.result() == [1]
             live = await handle.fetch_history()
-            await until(
-                lambda: any("archived" in key or "history" in key for key in archived(cluster)), "it is archived"
-            )
+            await until(lambda: archived(cluster), "something is in the archive")
 
             async def gone() -> bool:
                 return [one.id async for one in client.list_workflows("WorkflowId = 'archived'")] == []
@@ -592,6 +599,7 @@ def test_closed_runs_are_archived(tmp_path: Path, kind: str) -> None:
 
 
 def archived(cluster: Cluster) -> list[str]:
+    """The names of what is in the archive."""
     assert cluster.archive
     return cluster.archive.keys()
 
@@ -604,33 +612,32 @@ def test_tokens_decide() -> None:
             access = cluster.access
             assert access
 
-            async def may_start(**options: object) -> RPCStatusCode | None:
+            async def start(**options: object) -> RPCStatusCode | None:
                 id = uuid.uuid4().hex
                 try:
                     client = await Client.connect(cluster.address, tls=False, **options)  # type: ignore[arg-type]
                     await client.start_workflow("Any", id=id, task_queue="any")
-                except (RPCError, RuntimeError) as error:
-                    if isinstance(error, RPCError):
-                        return error.status
-                    assert "PermissionDenied" in str(error) or "unauthorized" in str(error), str(error)
-                    return RPCStatusCode.PERMISSION_DENIED
-                return None
+                except RPCError as error:
+                    return error.status
+                except RuntimeError as error:  # at connect
+                    return RPCStatusCode.PERMISSION_DENIED if "PermissionDenied" in str(error) else None
+                return RPCStatusCode.OK
 
             refused = RPCStatusCode.PERMISSION_DENIED
-            assert await may_start(api_key=access.token("default:write")) is None
-            assert await may_start(api_key=access.token("default:read")) == refused
-            assert await may_start(api_key=access.token("other:write")) == refused
-            assert await may_start(api_key=access.token("default:write", seconds=-60)) == refused
-            assert await may_start(api_key=access.token("default:write", key=access.new_key())) == refused
-            assert await may_start() == refused
+            assert await start(api_key=access.token("default:write")) == RPCStatusCode.OK
+            assert await start(api_key=access.token("default:read")) == refused
+            assert await start(api_key=access.token("other:write")) == refused
+            assert await start(api_key=access.token("default:write", seconds=-60)) == refused
+            assert await start(api_key=access.token("default:write", key=access.new_key())) == refused
+            assert await start() == refused
             old = access.token("default:write")
             cluster.rotate_key()
 
             async def old_is_refused() -> bool:
-                return await may_start(api_key=old) == refused
+                return await start(api_key=old) == refused
 
             await until(old_is_refused, "a token of the old key is refused")
-            assert await may_start(api_key=access.token("default:write")) is None
+            assert await start(api_key=access.token("default:write")) == RPCStatusCode.OK
             await cluster.client.start_workflow("Any", id="own", task_queue="any")  # with the new token
 
     asyncio.run(test())
@@ -680,7 +687,7 @@ def test_a_service_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -
             service = cluster.region.of("history")[0]
             service.kill()
             monkeypatch.setattr(service, "_config", lambda _: {"persistence": {}})
-            with pytest.raises(RuntimeError, match="a-history-1 ended by itself; it said: .*"):
+            with pytest.raises(RuntimeError, match=r"a-history-1 ended by itself; it said: \w+"):
                 await service.start()
 
     asyncio.run(test())
