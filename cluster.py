@@ -31,7 +31,7 @@ from services import (
     SERVER,
     SIZES,
     Database,
-    Ended,
+    Failed,
     Place,
     Process,
     Service,
@@ -57,7 +57,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -282,7 +282,7 @@ class Region:
         Returns the seconds it took; raises Ended when a process is not there any more.
         """
         begun = time.monotonic()
-        checks: list[tuple[str, Callable[[], Any]]] = [
+        checks: list[tuple[str, Callable[[], Awaitable[bool]]]] = [
             ("its frontend answers", self._has_namespace),
             ("history says that a missing workflow is missing", self._knows_what_is_missing),
             ("matching describes a task queue", self._describes_queue),
@@ -290,7 +290,7 @@ class Region:
             ("a workflow starts and its task is handed out", self._hands_out_a_task),
         ]
         for what, check in checks:
-            await until(lambda check=check: self._try(check), f"in region {self.name} {what}", seconds)  # type: ignore[misc]
+            await self._until(f"in region {self.name} {what}", check, seconds)
         return time.monotonic() - begun
 
     async def add(self, kind: str) -> Service:
@@ -394,17 +394,29 @@ class Region:
             "namespaceDefaults": {"archival": {"history": default, "visibility": default}},
         }
 
-    async def _try(self, check: Callable[[], Any]) -> bool:
-        for one in self.services:
-            one.check()
-        try:
-            async with asyncio.timeout(5):
-                self._client = self._client or await self.connect()
-                return bool(await check())
-        except (RPCError, RuntimeError, TimeoutError) as error:
-            if isinstance(error, Ended):
-                raise
+    async def _until(self, what: str, check: Callable[[], Awaitable[bool]], seconds: float) -> None:
+        """Wait until a check holds. Where it never does, the TimeoutError says what refused it last."""
+        trouble = "no error"
+
+        async def tried() -> bool:
+            nonlocal trouble
+            for one in self.services:
+                one.check()
+            try:
+                async with asyncio.timeout(5):
+                    self._client = self._client or await self.connect()
+                    return await check()
+            except (RPCError, Failed, TimeoutError, RuntimeError) as error:
+                known = isinstance(error, RPCError | Failed | TimeoutError) or str(error).startswith("Failed client")
+                if not known:
+                    raise
+                trouble = f"{type(error).__name__} {error}"
             return False
+
+        try:
+            await until(tried, what, seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error} ({redacted(trouble)[:300]})") from None
 
     async def _has_namespace(self) -> bool:
         request = RegisterNamespaceRequest(namespace="default")

@@ -336,6 +336,10 @@ class Ended(RuntimeError):
     """A process that was to run has ended; the text says what it said last."""
 
 
+class Failed(RuntimeError):
+    """A command failed; the text says what it said last."""
+
+
 @dataclass
 class Place:
     """What the processes of a cluster share: programs, a folder, the guard, and the user PostgreSQL runs as."""
@@ -447,17 +451,20 @@ class Process:
         return self._spent + (_cpu(self._members()) if self.alive else 0)
 
     def check(self) -> None:
-        """Raise Ended when it does not run any more."""
-        if not self.alive:
+        """Raise Ended when it was started and is gone, though nobody here ended it."""
+        if self._process is not None and not self.alive:
             raise Ended(f"{self.name} ended by itself; it said: {self.said() or 'nothing'}")
 
     def said(self) -> str:
-        """The end of what it logged since its last start, on one line."""
+        """The end of what it logged since its last start, on one line and without stack traces."""
+        return " / ".join(map(_plain, self._logged().splitlines()[-4:]))[-1000:]
+
+    def _logged(self) -> str:
         if not self.log.exists():
             return ""
         with self.log.open("rb") as file:
-            file.seek(max(self._said_before, self.log.stat().st_size - 3000))
-            return " ".join(file.read().decode(errors="replace").split())[-1500:]
+            file.seek(max(self._said_before, self.log.stat().st_size - 100_000))
+            return file.read().decode(errors="replace")
 
     def kill(self) -> None:
         """SIGKILL, to all of it at once: no goodbye, nothing flushed. Gone when this returns."""
@@ -538,6 +545,15 @@ class Process:
 
         await until(condition, f"{self.name} can be used", seconds, every=0.02)
         return time.monotonic() - begun
+
+
+def _plain(line: str) -> str:
+    """A line of a log in words: the server's are JSON, with the trouble under one of these keys."""
+    try:
+        told = json.loads(line)
+        return ": ".join(str(told[key]) for key in ("msg", "error") if told.get(key))[:400]
+    except (ValueError, AttributeError):
+        return " ".join(line.split())[:400]
 
 
 def neutral() -> dict[str, str]:
@@ -642,18 +658,21 @@ class Database(Process):
 
     async def start(self, seconds: float = 60) -> float:
         """Start it and wait until it accepts connections: after a crash that is when it has recovered."""
-        begun = time.monotonic()
-        for _ in range(5):
-            fixed, self.port = self.port is not None, self.port or self.place.port()
+        begun, fixed = time.monotonic(), self.port is not None
+        while True:
+            self.port = self.port or self.place.port()
             self._launch(self._command(), user=self.place.user)
             try:
                 return await self._until_usable(self._accepts, begun, seconds)
             except Ended:
                 self._gone()
-                if fixed or "could not bind" not in self.said():
+                # The processes of an earlier life may take a moment to go after a SIGKILL.
+                lingers = re.search(r"lock file .* already exists|pre-existing shared memory", self._logged())
+                lost_port = not fixed and "could not bind" in self._logged()
+                if not (lingers or lost_port) or time.monotonic() > begun + seconds:
                     raise
-                self.port = None
-        raise RuntimeError(f"{self.name} found no port: {self.said()}")
+                self.port = None if lost_port else self.port
+                await asyncio.sleep(0.1)
 
     async def query(self, sql: str, database: str = "temporal") -> list[list[str]]:
         """The rows that a statement gives, as text."""
@@ -669,7 +688,7 @@ class Database(Process):
         (folder / "password").write_text(self.password, encoding="utf-8")
 
     async def program(self, name: str, *arguments: str | Path, seconds: float = 120) -> Finished:
-        """Run a program of PostgreSQL (psql, pg_dump, pgbench, ...) against it. Raises RuntimeError when it fails."""
+        """Run a program of PostgreSQL (psql, pg_dump, pgbench, ...) against it. Raises Failed when it fails."""
         env = {"PGHOST": "127.0.0.1", "PGUSER": "temporal", "PGPASSWORD": self.password}
         env |= {"PGPORT": str(self.port)} if self.port else {}
         return await self._run(self.place.programs.postgres / name, arguments, env, seconds, self.place.user)
@@ -704,7 +723,7 @@ class Database(Process):
             self.place.guard.forget(process.pid)
         done = Finished(process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace"))
         if done.code:
-            raise RuntimeError(f"{program.name} failed: {' '.join((done.err or done.out).split())[-600:]}")
+            raise Failed(f"{program.name} failed: {' '.join((done.err or done.out).split())[-600:]}")
         return done
 
     def _command(self) -> list[str | Path]:
@@ -725,7 +744,7 @@ class Database(Process):
             return False
         try:
             await self.program("pg_isready", "--quiet")
-        except RuntimeError:
+        except Failed:
             return False
         return True
 
@@ -784,11 +803,9 @@ class Service(Process):
             self._launch(command, env=self._env)
             try:
                 return await self._until_usable(lambda: serves(self.ports["grpcPort"]), begun, seconds)
-            except Ended as error:
+            except Ended:
                 self._gone()
-                if "address already in use" not in str(error):
-                    raise
-                if self.settled and self.kind == "frontend":
+                if "address already in use" not in self._logged() or (self.settled and self.kind == "frontend"):
                     raise
                 self._draw()
         raise RuntimeError(f"{self.name} found no ports: {self.said()}")

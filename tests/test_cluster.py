@@ -4,7 +4,7 @@ What needs the prepared programs is skipped where `uv run cluster.py prepare` wa
 """
 
 from cluster import Cluster, parse_services
-from common import NotRun, Unusable
+from common import NotRun, Target, Unusable, connect
 from lab import make_worker, note, notes, until
 from services import BUILD_TROUBLE, KINDS, SERVER, SIZES, check_space, explain_build, find_programs, is_whole
 
@@ -281,7 +281,7 @@ def test_up_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     folder = Path(next(part for line in running for part in line.split() if part.endswith(".yaml"))).parent
 
     async def answers() -> bool:
-        client = await Client.connect(up.setting("TEMPORAL_ADDRESS"), namespace=up.setting("TEMPORAL_NAMESPACE"))
+        client = await connect(Target(up.setting("TEMPORAL_ADDRESS"), up.setting("TEMPORAL_NAMESPACE")))
         await client.start_workflow("Any", id="any", task_queue="any")
         return [one.id async for one in client.list_workflows("WorkflowId = 'any'")] in ([], ["any"])
 
@@ -348,11 +348,11 @@ def test_what_is_kept_is_found_again() -> None:
 
 
 async def _start(address: str, id: str) -> None:
-    await (await Client.connect(address)).start_workflow("Any", id=id, task_queue="any")
+    await (await connect(Target(address))).start_workflow("Any", id=id, task_queue="any")
 
 
 async def _status(address: str, id: str) -> WorkflowExecutionStatus | None:
-    return (await (await Client.connect(address)).get_workflow_handle(id).describe()).status
+    return (await (await connect(Target(address))).get_workflow_handle(id).describe()).status
 
 
 @pytest.mark.usefixtures("prepared")
@@ -615,7 +615,7 @@ def test_tokens_decide() -> None:
             async def start(**options: object) -> RPCStatusCode | None:
                 id = uuid.uuid4().hex
                 try:
-                    client = await Client.connect(cluster.address, tls=False, **options)  # type: ignore[arg-type]
+                    client = await connect(cluster.target, tls=False, **options)
                     await client.start_workflow("Any", id=id, task_queue="any")
                 except RPCError as error:
                     return error.status
