@@ -39,7 +39,7 @@ from services import (
     cache,
     empty_database,
     find_programs,
-    listens,
+    in_thread,
     lock_file,
     may_enter,
     prepare,
@@ -134,11 +134,18 @@ class Bucket(Archive, Process):
 
     async def start(self, seconds: float = 60) -> float:
         """Start it, empty, and make the bucket."""
-        begun = time.monotonic()
-        self._launch([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)])
-        await self._until_usable(lambda: listens(self.port), begun, seconds)
+        took = await Process.start(self, seconds)
         await asyncio.to_thread(lambda: self.s3().create_bucket(Bucket=self.NAME))
-        return time.monotonic() - begun
+        return took
+
+    def _command(self) -> Sequence[str | Path]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    async def _usable(self) -> bool:
+        return self._listens(self.port)
+
+    def _draw(self) -> None:
+        self.port = self.place.port()
 
     def keys(self) -> list[str]:
         pages = self.s3().get_paginator("list_objects_v2").paginate(Bucket=self.NAME)
@@ -272,8 +279,6 @@ class Region:
         await self.ready(seconds)
         if self.ui and not self.ui.alive:
             await self.ui.start(seconds)
-        for one in self.services:
-            one.settled = True
         return time.monotonic() - begun
 
     async def ready(self, seconds: float = 60) -> float:
@@ -298,7 +303,6 @@ class Region:
         service = self._service(kind, 1 + len(self.of(kind)))
         self.services.append(service)
         await service.start()
-        service.settled = True
         return service
 
     def kill(self) -> None:
@@ -573,7 +577,7 @@ class Cluster:
         ports |= {"a-frontend-1": self._port} if self._port else {}
         ports = {name: port for name, port in ports.items() if port_is_free(port) or port == self._port}
         names = "ab"[: self._wanted["regions"]]
-        copies = [asyncio.to_thread(self._data, name, self._restore or empty) for name in names]
+        copies = [in_thread(self._data, name, self._restore or empty) for name in names]
         bucket = [self.archive.start()] if isinstance(self.archive, Bucket) else []
         folders, _ = await asyncio.gather(asyncio.gather(*copies), asyncio.gather(*bucket))
         self.regions += [Region(name, self, folder, ports) for name, folder in zip(names, folders, strict=True)]
@@ -781,6 +785,8 @@ async def run_prepare(options: argparse.Namespace, console: Console) -> int:
     progress, begun = Progress(console), time.monotonic()
     try:
         programs = await prepare(options.server, progress.show, options.keep_build)
+    except (RuntimeError, OSError) as error:
+        raise Unusable(f"It cannot be prepared: {redacted(str(error))[:600]}") from None
     finally:
         progress.close()
     took = f"{time.monotonic() - begun:.0f} s"
@@ -808,8 +814,10 @@ async def run_up(options: argparse.Namespace, console: Console) -> int:
                         console.print(f"{process.name} has ended: {process.said()[-300:]}", soft_wrap=True)
     except NotRun as error:
         raise Unusable(f"{error}.") from None
-    except RuntimeError as error:
-        raise Unusable(f"The cluster does not start: {redacted(str(error))[:600]}") from None
+    except BrokenPipeError:
+        raise
+    except (RuntimeError, OSError) as error:
+        raise Unusable(f"The cluster does not run: {redacted(str(error))[:600]}") from None
 
 
 def describe(cluster: Cluster, version: str) -> list[str]:
@@ -832,8 +840,9 @@ def describe(cluster: Cluster, version: str) -> list[str]:
     file.touch(0o600)
     token = cluster.access.token("temporal-system:admin")
     file.write_text("\n".join([*settings, "TEMPORAL_TLS=false", f"TEMPORAL_API_KEY={token}", ""]), encoding="utf-8")
-    made = "Its token was made for this cluster alone, permits everything there, and ends with it."
-    return [*lines, "", f"For .env: cp {file} .env", made, "", "Ctrl-C ends it."]
+    made = "The token in it was made for this cluster alone, permits everything there, and ends with it."
+    no_ui = "There is no Web UI where tokens are asked for: it would need a provider of logins."
+    return [*lines, "", f"For .env: cp {file} .env", made, no_ui, "", "Ctrl-C ends it."]
 
 
 async def _main(options: argparse.Namespace) -> NoReturn:

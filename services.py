@@ -20,7 +20,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,13 +27,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import psutil  # of the dependency group: imported where it is used
 
 # 1. What is prepared ---------------------------------------------------------------------------------
 
+T = TypeVar("T")
 SERVER, UI, GO = "1.32.2", "2.54.1", "1.27.3"  # the Web UI is the one of Temporal CLI 1.9.1
 HOW_TO_PREPARE = "`uv run cluster.py prepare` builds it once, in minutes"
 KINDS = ("frontend", "history", "matching", "worker")
@@ -169,6 +169,16 @@ def lock_file(descriptor: int) -> bool:
     return True
 
 
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Run a function that writes files in a thread; where this is cancelled meanwhile, it still ends first."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise
+
+
 async def prepare(server: str, show: Callable[[str], None], keep_build: bool = False) -> Programs:
     """Build what is not in the cache yet, and the empty database. Raises Unusable in one plain sentence.
 
@@ -182,7 +192,7 @@ async def prepare(server: str, show: Callable[[str], None], keep_build: bool = F
             check_space(folder)
             await _build(one, folder, show)
         if not keep_build and not named:
-            await asyncio.to_thread(shutil.rmtree, folder / "go", ignore_errors=True)  # 3 GB of sources and objects
+            await in_thread(shutil.rmtree, folder / "go", True)  # 3 GB of sources and objects
     try:
         programs = find_programs(server)
     except NotRun as error:
@@ -323,7 +333,7 @@ async def _make_database(programs: Programs, folder: Path) -> None:
                 await database.sql_tool("--db", name, *command)
         await database.stop()
         made = Path(tempfile.mkdtemp(prefix="making-", dir=cache()))
-        await asyncio.to_thread(shutil.copytree, database.folder, made, dirs_exist_ok=True)
+        await in_thread(lambda: shutil.copytree(database.folder, made, dirs_exist_ok=True))
         keep_whole(made, folder)
     finally:
         place.close()
@@ -426,10 +436,13 @@ class Process:
     """A process of the cluster, in a session of its own, which may be killed, stopped, paused and started again."""
 
     stop_with = signal.SIGTERM
+    env: Mapping[str, str] = {}
+    user: pwd.struct_passwd | None = None  # None: whoever runs this
 
     def __init__(self, name: str, place: Place) -> None:
         self.name, self.place = name, place
         self.log = place.folder / f"{name}.log"
+        self.settled = False  # whether others know its address by now, so that it must keep it
         self._process: subprocess.Popen[bytes] | None = None
         self._spent = 0.0
         self._said_before = 0
@@ -502,24 +515,53 @@ class Process:
             _signal(one, signal.SIGCONT)
 
     async def start(self, seconds: float = 60) -> float:
-        """Start it, or start it again, and wait until it can be used. Returns the seconds it took."""
-        raise NotImplementedError
+        """Start it, or start it again, and wait until it can be used. Returns the seconds it took.
+
+        One that lost a port to another program starts again at another. Raises Ended when it does not come up.
+        """
+        begun = time.monotonic()
+        while True:
+            self._launch()
+            try:
+                await self._until_usable(begun + seconds)
+                self.settled = True
+                return time.monotonic() - begun
+            except Ended:
+                said = self._logged()
+                self._gone()
+                if time.monotonic() > begun + seconds or not self._again(said):
+                    raise
+                await asyncio.sleep(0.1)
 
     async def restart(self, seconds: float = 60) -> float:
         """Stop and start. Returns the seconds both took."""
         return await self.stop(seconds) + await self.start(seconds)
 
-    def _launch(
-        self, command: Sequence[str | Path], env: Mapping[str, str] | None = None, user: pwd.struct_passwd | None = None
-    ) -> None:
+    def _command(self) -> Sequence[str | Path]:
+        """What to run; its configuration is written by then."""
+        raise NotImplementedError
+
+    async def _usable(self) -> bool:
+        raise NotImplementedError
+
+    def _again(self, said: str) -> bool:
+        """Whether to try once more after it ended saying this, with other ports where it lost one."""
+        if self.settled or not re.search("(?i)address already in use", said):
+            return False
+        self._draw()
+        return True
+
+    def _draw(self) -> None:
+        """Take other ports."""
+        raise NotImplementedError
+
+    def _launch(self) -> None:
         self._said_before = self.log.stat().st_size if self.log.exists() else 0
-        other: dict[str, Any] = {}
-        if user is not None:
-            other = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        command = self._command()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=self.place.folder, env=neutral() | dict(env or {}), **other,
+                cwd=self.place.folder, env=neutral() | dict(self.env), **as_user(self.user),
             )  # fmt: skip
         self.place.guard.watch(self._process.pid)
 
@@ -537,14 +579,21 @@ class Process:
             self.place.guard.forget(self._process.pid)
             self._process = None
 
-    async def _until_usable(self, usable: Callable[[], object], begun: float, seconds: float) -> float:
-        async def condition() -> bool:
+    async def _until_usable(self, deadline: float) -> None:
+        async def usable() -> bool:
             self.check()
-            met = usable()
-            return bool(await met) if asyncio.iscoroutine(met) else bool(met)
+            return await self._usable()
 
-        await until(condition, f"{self.name} can be used", seconds, every=0.02)
-        return time.monotonic() - begun
+        await until(usable, f"{self.name} can be used", deadline - time.monotonic(), every=0.02)
+
+    def _listens(self, port: int) -> bool:
+        """Whether it is this process that listens at a port, and not another one that took it."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process(self.pid).net_connections("tcp")
+            return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in own)
+        return False
 
 
 def _plain(line: str) -> str:
@@ -557,8 +606,15 @@ def _plain(line: str) -> str:
 
 
 def neutral() -> dict[str, str]:
-    """The environment without the settings of whoever runs this: the server and libpq would read theirs."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("TEMPORAL_", "PG", "SQL_"))}
+    """The environment without settings that are meant for other servers; these programs would read theirs."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("TEMPORAL_", "PG", "SQL_", "AWS_"))
+    }
+
+
+def as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    """Arguments that let a new process be another user's."""
+    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def _cpu(processes: "Sequence[psutil.Process]") -> float:
@@ -599,13 +655,6 @@ def _runs(process: "psutil.Process") -> bool:
         return False
 
 
-def listens(port: int) -> bool:
-    """Whether somebody accepts connections at a loopback port."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 async def serves(port: int) -> bool:
     """Whether a gRPC server at a loopback port answers the first words of HTTP/2.
 
@@ -634,8 +683,7 @@ class Database(Process):
 
     def __init__(self, name: str, place: Place, folder: Path) -> None:
         super().__init__(name, place)
-        self.folder = folder
-        self.port: int | None = None
+        self.folder, self.user, self.port = folder, place.user, place.port()
         self.settings: dict[str, str] = {}
         self.password = ""
         if (folder / "password").exists():
@@ -656,24 +704,6 @@ class Database(Process):
             "--auth=scram-sha-256", "--no-locale", "--encoding=UTF8", "--no-sync",
         )  # fmt: skip
 
-    async def start(self, seconds: float = 60) -> float:
-        """Start it and wait until it accepts connections: after a crash that is when it has recovered."""
-        begun, fixed = time.monotonic(), self.port is not None
-        while True:
-            self.port = self.port or self.place.port()
-            self._launch(self._command(), user=self.place.user)
-            try:
-                return await self._until_usable(self._accepts, begun, seconds)
-            except Ended:
-                self._gone()
-                # The processes of an earlier life may take a moment to go after a SIGKILL.
-                lingers = re.search(r"lock file .* already exists|pre-existing shared memory", self._logged())
-                lost_port = not fixed and "could not bind" in self._logged()
-                if not (lingers or lost_port) or time.monotonic() > begun + seconds:
-                    raise
-                self.port = None if lost_port else self.port
-                await asyncio.sleep(0.1)
-
     async def query(self, sql: str, database: str = "temporal") -> list[list[str]]:
         """The rows that a statement gives, as text."""
         shown = await self.program("psql", "--no-psqlrc", "--tuples-only", "--csv", "--dbname", database, "-c", sql)
@@ -689,8 +719,7 @@ class Database(Process):
 
     async def program(self, name: str, *arguments: str | Path, seconds: float = 120) -> Finished:
         """Run a program of PostgreSQL (psql, pg_dump, pgbench, ...) against it. Raises Failed when it fails."""
-        env = {"PGHOST": "127.0.0.1", "PGUSER": "temporal", "PGPASSWORD": self.password}
-        env |= {"PGPORT": str(self.port)} if self.port else {}
+        env = {"PGHOST": "127.0.0.1", "PGPORT": str(self.port), "PGUSER": "temporal", "PGPASSWORD": self.password}
         return await self._run(self.place.programs.postgres / name, arguments, env, seconds, self.place.user)
 
     async def sql_tool(self, *arguments: str) -> Finished:
@@ -707,12 +736,9 @@ class Database(Process):
         seconds: float,
         user: pwd.struct_passwd | None,
     ) -> Finished:
-        other: dict[str, Any] = {}
-        if user is not None:
-            other = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         process = await asyncio.create_subprocess_exec(
             program, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            cwd=self.place.folder, env=neutral() | dict(env), start_new_session=True, **other,
+            cwd=self.place.folder, env=neutral() | dict(env), start_new_session=True, **as_user(user),
         )  # fmt: skip
         self.place.guard.watch(process.pid)
         try:
@@ -739,14 +765,22 @@ class Database(Process):
         every = [part for item in (settings | self.settings).items() for part in ("-c", "=".join(item))]
         return [self.place.programs.postgres / "postgres", "-D", self.folder / "data", *every]
 
-    async def _accepts(self) -> bool:
-        if not listens(self.port or 0):
-            return False
+    async def _usable(self) -> bool:
+        if not self._listens(self.port):
+            return False  # after a crash it does so when it has recovered
         try:
             await self.program("pg_isready", "--quiet")
         except Failed:
             return False
         return True
+
+    def _again(self, said: str) -> bool:
+        # The processes of an earlier life may take a moment to go after a SIGKILL.
+        lingers = re.search(r"lock file .* already exists|pre-existing shared memory", said)
+        return bool(lingers) or super()._again(said)
+
+    def _draw(self) -> None:
+        self.port = self.place.port()
 
 
 class Service(Process):
@@ -767,12 +801,11 @@ class Service(Process):
     ) -> None:
         super().__init__(name, place)
         self.kind, self.program = kind, place.programs.server
-        self._config, self._env = config, env
-        self.settled = port is not None  # whether others know its address
+        self._config, self.env = config, env
         self.ports: dict[str, int] = {}
         self._draw()
         if port is not None:
-            self.ports["grpcPort"] = port
+            self.ports["grpcPort"], self.settled = port, True
 
     @property
     def address(self) -> str:
@@ -784,31 +817,19 @@ class Service(Process):
         """The URL of its Prometheus metrics."""
         return f"http://127.0.0.1:{self.ports['metricsPort']}/metrics"
 
-    async def start(self, seconds: float = 60) -> float:
-        """Start it and wait until it serves. One that lost a port to another program gets others, if it may."""
-        begun = time.monotonic()
-        for _ in range(5):
-            path = self.place.folder / f"{self.name}.yaml"
-            path.touch(0o600)  # it holds the database's password
-            path.write_text(json.dumps(self._config(self)), encoding="utf-8")  # JSON is YAML
-            command: list[str | Path] = [
-                self.program,
-                "--config-file",
-                path,
-                "--allow-no-auth",
-                "start",
-                "--service",
-                self.kind,
-            ]
-            self._launch(command, env=self._env)
-            try:
-                return await self._until_usable(lambda: serves(self.ports["grpcPort"]), begun, seconds)
-            except Ended:
-                self._gone()
-                if "address already in use" not in self._logged() or (self.settled and self.kind == "frontend"):
-                    raise
-                self._draw()
-        raise RuntimeError(f"{self.name} found no ports: {self.said()}")
+    def _command(self) -> Sequence[str | Path]:
+        path = self.place.folder / f"{self.name}.yaml"
+        path.touch(0o600)  # it holds the database's password
+        path.write_text(json.dumps(self._config(self)), encoding="utf-8")  # JSON is YAML
+        return [self.program, "--config-file", path, "--allow-no-auth", "start", "--service", self.kind]
+
+    async def _usable(self) -> bool:
+        return self._listens(self.ports["grpcPort"]) and await serves(self.ports["grpcPort"])
+
+    def _again(self, said: str) -> bool:
+        if self.kind != "frontend":
+            self.settled = False  # the others find it by the database wherever it is
+        return super()._again(said)
 
     def _draw(self) -> None:
         names = ["grpcPort", "membershipPort", "metricsPort"] + (["httpPort"] if self.kind == "frontend" else [])
@@ -826,15 +847,17 @@ class WebUI(Process):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def start(self, seconds: float = 60) -> float:
-        """Start it and wait until it listens."""
-        begun = time.monotonic()
+    def _command(self) -> Sequence[str | Path]:
         root = self.place.folder / self.name
         (root / "config").mkdir(parents=True, exist_ok=True)
         settings = {"temporalGrpcAddress": self._frontend(), "host": "127.0.0.1", "port": self.port}
         settings |= {"enableUi": True, "disableVersionCheck": True, "hideNewsFeed": True}
         (root / "config" / "development.yaml").write_text(json.dumps(settings), encoding="utf-8")
         assert self.place.programs.ui
-        arguments: list[str | Path] = ["--root", root, "--config", "config", "--env", "development", "start"]
-        self._launch([self.place.programs.ui, *arguments])
-        return await self._until_usable(lambda: listens(self.port), begun, seconds)
+        return [self.place.programs.ui, "--root", root, "--config", "config", "--env", "development", "start"]
+
+    async def _usable(self) -> bool:
+        return self._listens(self.port)
+
+    def _draw(self) -> None:
+        self.port = self.place.port()
