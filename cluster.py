@@ -38,11 +38,13 @@ from services import (
     WebUI,
     cache,
     empty_database,
+    explain_build,
     find_programs,
     in_thread,
     lock_file,
     may_enter,
     prepare,
+    together,
 )
 
 import argparse
@@ -57,7 +59,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -275,7 +277,7 @@ class Region:
         first, *rest = [one for one in self.services if not one.alive] or [self.services[0]]
         if not first.alive:
             await first.start(seconds)  # alone: on an empty database the others would lose a race and exit
-        await asyncio.gather(*(one.start(seconds) for one in rest))
+        await together(*(one.start(seconds) for one in rest))
         await self.ready(seconds)
         if self.ui and not self.ui.alive:
             await self.ui.start(seconds)
@@ -577,11 +579,13 @@ class Cluster:
         ports |= {"a-frontend-1": self._port} if self._port else {}
         ports = {name: port for name, port in ports.items() if port_is_free(port) or port == self._port}
         names = "ab"[: self._wanted["regions"]]
-        copies = [in_thread(self._data, name, self._restore or empty) for name in names]
-        bucket = [self.archive.start()] if isinstance(self.archive, Bucket) else []
-        folders, _ = await asyncio.gather(asyncio.gather(*copies), asyncio.gather(*bucket))
-        self.regions += [Region(name, self, folder, ports) for name, folder in zip(names, folders, strict=True)]
-        await asyncio.gather(*(region.start() for region in self.regions))
+        parts: list[Coroutine[Any, Any, object]] = [
+            in_thread(self._lay_out, name, self._restore or empty) for name in names
+        ]
+        parts += [self.archive.start()] if isinstance(self.archive, Bucket) else []
+        await together(*parts)
+        self.regions += [Region(name, self, self._folder(name), ports) for name in names]
+        await together(*(region.start() for region in self.regions))
         if self.paired:
             await self._pair()
         if self._keep:
@@ -593,16 +597,19 @@ class Cluster:
         self.place.close()
         self._lock.close()
 
-    def _data(self, name: str, origin: Path) -> Path:
-        """The folder of a region's database: kept from an earlier start, or a copy of `origin`."""
-        folder = (self._keep or self.place.folder) / f"region-{name}"
+    def _folder(self, name: str) -> Path:
+        """Where a region's database is."""
+        return (self._keep or self.place.folder) / f"region-{name}"
+
+    def _lay_out(self, name: str, origin: Path) -> None:
+        """Copy the files of `origin` for a region's database, unless it was kept from an earlier start."""
+        folder = self._folder(name)
         if not (folder / "data" / "PG_VERSION").exists():
             making = folder.with_suffix(".making")
             shutil.rmtree(making, ignore_errors=True)
             shutil.copytree(origin, making, ignore=shutil.ignore_patterns(SIZES))
             making.rename(folder)
         self.place.give(folder)
-        return folder
 
     def _open_kept(self) -> dict[str, Any]:
         """What was noted at the last start from the folder that is kept. Raises Unusable where it does not fit."""
@@ -786,7 +793,7 @@ async def run_prepare(options: argparse.Namespace, console: Console) -> int:
     try:
         programs = await prepare(options.server, progress.show, options.keep_build)
     except (RuntimeError, OSError) as error:
-        raise Unusable(f"It cannot be prepared: {redacted(str(error))[:600]}") from None
+        raise Unusable(f"It cannot be prepared: {explain_build(str(error), cache())}") from None
     finally:
         progress.close()
     took = f"{time.monotonic() - begun:.0f} s"
@@ -817,7 +824,8 @@ async def run_up(options: argparse.Namespace, console: Console) -> int:
     except BrokenPipeError:
         raise
     except (RuntimeError, OSError) as error:
-        raise Unusable(f"The cluster does not run: {redacted(str(error))[:600]}") from None
+        full = "No space left" in str(error) and "the disk is full. Free some, or set TMPDIR to a folder with room."
+        raise Unusable(f"The cluster does not run: {full or redacted(str(error))[:600]}") from None
 
 
 def describe(cluster: Cluster, version: str) -> list[str]:

