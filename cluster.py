@@ -25,7 +25,8 @@ from common import (
     refuse,
     stop_signals,
 )
-from lab import port_is_free, until
+from harness.servers import port_is_free
+from lab import until
 from services import (
     KINDS,
     SERVER,

@@ -5,7 +5,8 @@
 """
 
 from common import NotRun, Unusable, redacted
-from lab import Finished, Guard, free_port, make_folder, until
+from harness.servers import Guard, free_port, make_folder
+from lab import Finished, until
 
 import asyncio
 import collections
@@ -302,7 +303,7 @@ BUILD_TROUBLE = (
         "was), or name a folder with the official binaries in TEMPORAL_SERVER_PATH.",
     ),
     (r"signal: killed|cannot allocate memory", "there is not enough memory: about 2 GB are needed."),
-    (r"unknown revision|no matching versions|404 Not Found|invalid version", "there is no such version."),
+    (r"unknown revision|no matching versions|not found|not available|invalid version", "there is no such version."),
 )
 
 
@@ -311,7 +312,7 @@ def explain_build(said: str, folder: Path) -> str:
     for pattern, meaning in BUILD_TROUBLE:
         if re.search(pattern, said):
             return meaning.format(folder=folder / "go")
-    return f"{redacted(said.splitlines()[-1] if said else 'it said nothing')[:300]}."
+    return f"{redacted(said.splitlines()[-1] if said else 'it said nothing')[:300].rstrip('.')}."
 
 
 async def empty_database(programs: Programs, show: Callable[[str], None] = lambda _: None) -> Path:

@@ -5,7 +5,7 @@ What needs the prepared programs is skipped where `uv run cluster.py prepare` wa
 
 from cluster import Cluster, parse_services
 from common import NotRun, Target, Unusable, connect
-from lab import make_worker, note, notes, until
+from lab import free_port, make_worker, note, notes, until
 from services import BUILD_TROUBLE, KINDS, SERVER, SIZES, check_space, explain_build, find_programs, is_whole
 
 import asyncio
@@ -162,6 +162,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
         ("dial tcp: lookup registry: no such host", "cannot be reached"),
         ("compile: signal: killed", "not enough memory"),
         ("go: unknown revision v9.9.9", "no such version"),
+        ("server response: This module version is not available.", "no such version"),
         ("line one\nsomething else", "something else."),
         ("", "it said nothing."),
     ],
@@ -318,8 +319,6 @@ def test_official_binaries_by_their_own_names(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("prepared")
 def test_a_port_that_is_asked_for(tmp_path: Path) -> None:
-    from lab import free_port
-
     port = free_port()
     up = Up(tmp_path, "--port", str(port))
     assert up.setting("TEMPORAL_ADDRESS") == f"127.0.0.1:{port}"
