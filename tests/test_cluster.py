@@ -303,6 +303,7 @@ def test_ten_starts_in_a_row(tmp_path: Path) -> None:
         wait_for(lambda up=up: tagged(up.tag) == [], "every process has ended", 20)  # type: ignore[misc]
 
 
+@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_official_binaries_by_their_own_names(tmp_path: Path) -> None:
     """With a cache that holds nothing, and so without a Web UI."""
@@ -326,6 +327,7 @@ def test_a_port_that_is_asked_for(tmp_path: Path) -> None:
     assert up.end()[0] == 130
 
 
+@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_what_is_kept_is_found_again() -> None:
     folder = Path("/var/tmp") / f"temporal-example-kept-{uuid.uuid4().hex[:8]}"
@@ -469,6 +471,7 @@ def test_services_may_be_hurt(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_shards_move(tmp_path: Path) -> None:
     """To a history process that joins, and away from one that is killed."""
@@ -497,6 +500,7 @@ def test_shards_move(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_a_rolling_restart(tmp_path: Path) -> None:
     async def test() -> None:
@@ -679,6 +683,7 @@ def test_a_lost_port_is_replaced() -> None:
     asyncio.run(test())
 
 
+@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_a_service_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
