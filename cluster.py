@@ -26,8 +26,7 @@ from common import (
     stop_signals,
 )
 from harness.servers import port_is_free
-from lab import until
-from services import (
+from harness.services import (
     KINDS,
     SERVER,
     SIZES,
@@ -47,6 +46,7 @@ from services import (
     prepare,
     together,
 )
+from lab import until
 
 import argparse
 import asyncio

@@ -5,8 +5,8 @@ What needs the prepared programs is skipped where `uv run cluster.py prepare` wa
 
 from cluster import Cluster, parse_services
 from common import NotRun, Target, Unusable, connect
+from harness.services import BUILD_TROUBLE, KINDS, SERVER, SIZES, check_space, explain_build, find_programs, is_whole
 from lab import free_port, make_worker, note, notes, until
-from services import BUILD_TROUBLE, KINDS, SERVER, SIZES, check_space, explain_build, find_programs, is_whole
 
 import asyncio
 import fcntl

@@ -5,8 +5,8 @@
 """
 
 from common import NotRun, Unusable, redacted
-from harness.servers import Guard, free_port, make_folder
-from lab import Finished, until
+from harness.machine import until
+from harness.servers import Finished, Guard, free_port, make_folder
 
 import asyncio
 import collections
