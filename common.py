@@ -546,6 +546,7 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the verdicts and their evidence to FILE")
     parser.add_argument("--against", metavar="RUN", help="say what differs from a recorded run: a folder or a file")
     parser.add_argument("--accept", action="store_true", help="with --against: write this run in its place")
+    parser.add_argument("--cluster", action="store_true", help="on a real cluster on this machine: see cluster.py")
     parser.add_argument("--keep-open", action="store_true", help="leave the embedded server and its Web UI up")
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")

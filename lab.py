@@ -76,13 +76,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
 from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
+
+if TYPE_CHECKING:
+    from cluster import Cluster
 
 # What scripts, cluster.py and tests take from here though it stands in harness/.
 __all__ = [
@@ -499,12 +502,20 @@ async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
 # 3. Session and run ----------------------------------------------------------------------------------
 
 
+# As on the dev server (see TUNED): a timer of 50 ms does not round up to a second. Nothing promised changes by it.
+CLUSTER_TUNED = {"history.timerProcessorMaxTimeShift": "1ms"}
+
+
 class Session:
     """What the items of one run share: the server evaluated, the nursery, the guard and a folder."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         check_port(options)
         given = is_given()
+        if given and options.cluster:
+            raise Unusable(
+                "--cluster starts one of our own, but TEMPORAL_ADDRESS names another: leave one of them out."
+            )
         self.options = options
         self.token = uuid.uuid4().hex[:8]
         self.seed: int = options.seed
@@ -524,6 +535,7 @@ class Session:
         self.ready_after = 0.0
         self.remarks = unused_settings()
         self._embedded: Server | None = None
+        self._cluster: Cluster | None = None
         self._ui_port: int | None = None
         self._client: Client | None = None
         handler = logging.FileHandler(self.log)
@@ -538,7 +550,9 @@ class Session:
 
     @property
     def ui(self) -> str | None:
-        """The URL of the embedded server's Web UI, where it has one."""
+        """The URL of the Web UI of a server of our own, where it has one."""
+        if self._cluster:
+            return self._cluster.region.ui.url if self._cluster.region.ui else None
         return f"http://127.0.0.1:{self._ui_port}" if self._embedded and self._ui_port else None
 
     @property
@@ -561,19 +575,22 @@ class Session:
     async def open(self) -> None:
         """Connect to the user's server, or start the embedded one. Raises Unusable."""
         begun = time.monotonic()
-        if user_settings():
+        if self.options.cluster:
+            await self._start_cluster()
+        elif user_settings():
             self._client = await connect_to_user_server()
         else:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun
         self.capabilities = await capabilities(self.client)
-        if self._embedded is None:
+        where = "cluster" if self._cluster else "embedded server" if self._embedded else "given server"
+        if where == "given server":
             self.remarks += self.capabilities.told()
         self.environment = {
             "python": platform.python_version(),
             "sdk": sdk_version(),
             "server": self.capabilities.version,
-            "where": "embedded server" if self._embedded else "given server",
+            "where": where,
             "os": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpus": os.cpu_count(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -592,6 +609,17 @@ class Session:
             raise Unusable(f"The embedded server cannot run ({self.cli}): {error}.") from None
         self.target, self._client = self._embedded.target, self._embedded.client
 
+    async def _start_cluster(self) -> None:
+        # Here and not above: a script that needs no cluster need not import what one is made of.
+        from cluster import Cluster
+
+        try:
+            self._cluster = Cluster(ui=self.options.keep_open, port=self.options.port, settings=CLUSTER_TUNED)
+            await self._cluster.__aenter__()
+        except NotRun as error:
+            raise Unusable(str(error)) from None
+        self.target, self._client = self._cluster.target, self._cluster.client
+
     async def stay(self, say: Callable[[str], None], stopped: "asyncio.Future[int]") -> None:
         """Leave the embedded server up until a signal comes, so that what ran can be looked at."""
         if self.ui:
@@ -607,7 +635,9 @@ class Session:
         """Take what the items made away from a server of the user's. Returns what is to be said of it."""
         for nursery in self._nurseries:
             nursery.close()  # no worker goes on making things meanwhile
-        if self._embedded or self._client is None or not self._prefixes:
+        if self._cluster:
+            await self._cluster.close()
+        if self._embedded or self._cluster or self._client is None or not self._prefixes:
             return []
         inventory = Inventory(self.client, self._prefixes)
         await inventory.remove()

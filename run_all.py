@@ -311,7 +311,7 @@ class Board:
 async def run_scripts(scripts: Sequence[Script], board: Board, options: argparse.Namespace) -> None:
     """Run the scripts, so many at a time and the one that measures alone. Raises Unusable when one does."""
     places = asyncio.Semaphore(options.jobs)
-    shared = ["--seed", str(options.seed)]
+    shared = ["--seed", str(options.seed), *(["--cluster"] if options.cluster else [])]
 
     async def one(script: Script, *arguments: str) -> None:
         async with places:
@@ -353,6 +353,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--accept", action="store_true", help="with --against: write this run in its place")
     parser.add_argument("--html", metavar="FILE", help="write a page of this run; with --against of both, side by side")
     parser.add_argument("--junit", metavar="FILE", help="write JUnit XML: a test case an item")
+    parser.add_argument("--cluster", action="store_true", help="on a real cluster on this machine: see cluster.py")
     parser.add_argument("--fail-closed", action="store_true", help="run only the items that cap the rating")
     parser.add_argument("--timings", action="store_true", help="print where the time goes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="scripts at a time (default: the cores)")
