@@ -285,6 +285,7 @@ class Inventory:
         self._client, self._ask, self._space = client, client.workflow_service, client.namespace
         self._prefixes = tuple(prefixes)
         self._made = made_so_far(made_file()) if prefixes else []
+        self._seen: set[str] = set()  # workflows that are there, running or not
         self.removed: dict[str, int] = {}
         self.kept: list[Kept] = []
 
@@ -416,7 +417,7 @@ class Inventory:
         """Those that were noted, with their children; then whatever the server lists, until its list has caught up."""
         noted = list(dict.fromkeys(self._names("workflow")))
         await self._end(noted)
-        latest = noted[-1] if noted else None
+        latest = next((id for id in reversed(noted) if id in self._seen), None)
         deadline = time.monotonic() + 10
         with unavailable():
             while True:
@@ -447,6 +448,7 @@ class Inventory:
         """Terminate a workflow and the children that it would leave. Says whether it was running."""
         handle = self._client.get_workflow_handle(id)
         described = await handle.describe()
+        self._seen.add(id)
         children = [one.workflow_id for one in described.raw_description.pending_children]
         for child in children:
             with absent():
