@@ -1,7 +1,7 @@
 """Servers that are set up differently: what they refuse is not run, at once and by name; the rest is judged."""
 
 from common import Evidence, holds, piece, side_by_side
-from given import refusal
+from given import between, refusal
 from lab import Server
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from helpers import ROOT, Verdicts, evaluate, tiny
-from servers import gateway, given_server
+from servers import gateway, given_server, nginx
 from temporalio.service import RPCError, RPCStatusCode
 
 OFF = {
@@ -196,3 +196,58 @@ def test_an_item_that_is_refused_as_a_whole_is_not_run(switched_off: Server, tmp
     verdicts = evaluate(script, tmp_path, "TT-03", env=given(switched_off.address))
     assert verdicts.items["TT-03"]["outcome"] == "not_run"
     assert "Schedules are disabled" in verdicts.items["TT-03"]["reason"]
+
+
+# Limits, and what stands in front ----------------------------------------------------------------------
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("limit", [15 << 20, 7 << 19, 2 << 20, 1 << 18])
+def test_a_payload_limit_is_judged_by_how_it_behaves(tmp_path: Path, limit: int) -> None:
+    """Seen in public settings: 15 MB and 3.5 MB. The last is below the size at which a server only warns."""
+    with given_server(tmp_path, limit__blobSize__error=str(limit)) as server:
+        verdicts = evaluate(ROOT / "07_pf_performance.py", tmp_path, "PF-03", env=given(server.address))
+    assert verdicts.stars("PF-03") == 4, verdicts.out
+    assert not not_run(verdicts, "PF-03")
+    assert f"payload {limit:,} bytes" in " ".join(verdicts.out.split())
+
+
+@pytest.mark.all
+def test_behind_a_proxy_with_its_defaults_it_says_who_refuses(switched_off: Server, tmp_path: Path) -> None:
+    with nginx(switched_off.address, tmp_path) as address:
+        verdicts = evaluate(ROOT / "07_pf_performance.py", tmp_path, "PF-03", env=given(address))
+    assert verdicts.items["PF-03"]["outcome"] == "judged", verdicts.out
+    lost = not_run(verdicts, "PF-03")
+    assert len(lost) == 2
+    assert all("something between here and the server" in why and "HTTP 413" in why for why in lost.values())
+    (passes,) = verdicts.evidence("PF-03", "works")
+    assert passes["held"]
+    assert "does not arrive: something between" in passes["measured"]
+    assert "compression flag" not in verdicts.out
+
+
+def test_a_server_behind_nginx_is_used_as_any_other(switched_off: Server, tmp_path: Path) -> None:
+    closed = "location /temporal.api.operatorservice.v1.OperatorService/ { return 403; }"
+    with nginx(switched_off.address, tmp_path, closed) as address:
+        verdicts = evaluate(tiny(tmp_path), tmp_path, "TT-08", env=given(address))
+    assert verdicts.items["TT-08"]["evidence"][0]["held"], verdicts.out
+    assert "It does not offer operator calls: " in " ".join(verdicts.out.split())
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("protocol error: received message with invalid compression flag: 60 (valid flags are 0 and 1) while receiving "
+         "response with status: 413 Payload Too Large", "HTTP 413 Payload Too Large"),
+        ("grpc-status header missing, mapped from HTTP status code 502", "HTTP 502"),
+        ("invalid content-type: text/html", "with a page for a browser"),
+    ],
+)  # fmt: skip
+def test_who_answers_in_place_of_the_server_is_said(said: str, what: str) -> None:
+    assert str(between(said)).endswith(what)
+    assert "something between" in str(refusal(rpc(RPCStatusCode.INTERNAL, said)))
+
+
+@pytest.mark.parametrize("said", ["workflow not found", "received message larger than max (4194500 vs. 4194304)"])
+def test_what_the_server_itself_says_is_not_taken_for_another(said: str) -> None:
+    assert between(said) is None
