@@ -419,6 +419,9 @@ class Session(Protocol):
     async def stay(self, say: Callable[[str], None], stopped: "asyncio.Future[int]") -> None:
         """Leave the server up until a signal comes."""
 
+    async def hindrance(self, item: str) -> str | None:
+        """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""
+
     def close(self) -> None:
         """End every process of ours."""
 
@@ -435,15 +438,37 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
 
     begun = time.monotonic()
     task = asyncio.create_task(gather())
-    await asyncio.wait({task}, timeout=item.seconds)
-    if task.done():
+    hindered = await finished_or_hindered(task, item, session)
+    if task.done() and not hindered:
         verdict = verdict_of(evidence, task.exception())
+    elif hindered:
+        verdict = Verdict("not_run", None, hindered)
+        task.cancel()
+        await asyncio.wait({task}, timeout=10)
     else:
         verdict = judge(evidence, f"no end within {item.seconds:g} s, after {len(evidence)} pieces of evidence")
         task.cancel()
         await asyncio.wait({task}, timeout=10)  # its processes end with the session if it does not end now
     evidence.sort(key=lambda one: get_args(Kind).index(one.kind))  # as a reader asks; it came as it came
     return Result(item, verdict, evidence, time.monotonic() - begun)
+
+
+async def finished_or_hindered(task: "asyncio.Task[None]", item: Item, session: Session) -> str | None:
+    """Wait for an item's end, within its bound. Returns the server's limit that keeps it from going on, if one does.
+
+    What is seen once may pass; it counts when it is seen again, or when the item has failed meanwhile.
+    """
+    deadline, before = time.monotonic() + item.seconds, None
+    while not task.done() and time.monotonic() < deadline:
+        await asyncio.wait({task}, timeout=min(5, max(deadline - time.monotonic(), 0)))
+        failed = task.done() and task.exception() is not None and refusal(task.exception()) is None
+        if task.done() and not failed:
+            return None
+        seen = await session.hindrance(item.id)
+        if seen and (failed or before):
+            return seen
+        before = seen
+    return None
 
 
 def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Verdict:

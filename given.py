@@ -28,10 +28,17 @@ from temporalio.api.deployment.v1 import WorkerDeploymentVersion
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.update.v1 import Input, Meta, Request, WaitPolicy
 from temporalio.client import Client, WorkflowExecutionStatus
+from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 
 # 1. Refusals ------------------------------------------------------------------------------------------
 
+# How a server says that something is more than it was set to allow. That is looked for on a server of the user's only:
+# on one of our own the limits are known, and to run into one is a finding.
+OVER_A_LIMIT = (
+    r"(?i)number of concurrent updates|total number of updates|workflow execution limit|exceeds limit|limit exceeded"
+    r"|rate limit|per.second limit|limit of \d+ has been reached"
+)
 SWITCHED_OFF = r"(?i)disabled|not (yet )?(enabled|allowed|supported|implemented|permitted)|permission|unauthorized"
 
 
@@ -39,8 +46,7 @@ def refusal(error: BaseException | None) -> str | None:
     """Why a server refused, in a sentence, when `error` or one of its causes says that it did; else None.
 
     A refusal is a setting of the server, or of what stands before it, and no fault of Temporal's: the call is not
-    offered, not permitted, switched off, or over a limit that somebody set. The last only on a server of the
-    user's: on one of our own the limits are known, and to run into one is a finding.
+    offered, not permitted, switched off, or over a limit that somebody set.
     """
     while error is not None:
         if isinstance(error, NotRun):
@@ -55,8 +61,43 @@ def refusal(error: BaseException | None) -> str | None:
             if off and re.search(SWITCHED_OFF, said):
                 return f"the server refuses it ({error.status.name}: {said})"
             if error.status == RPCStatusCode.RESOURCE_EXHAUSTED and is_given():
-                return f"a limit of the server is in the way ({said})"
+                return over_a_limit(said)
+        if isinstance(error, RPCError | FailureError) and re.search(OVER_A_LIMIT, str(error)) and is_given():
+            return over_a_limit(redacted(str(error))[:200])
         error = error.__cause__
+    return None
+
+
+def over_a_limit(said: str) -> str:
+    return f"a limit of the server is in the way: {said}"
+
+
+async def hindrance(client: Client, prefix: str) -> str | None:
+    """What on the server keeps workflows whose ids begin with `prefix` from going on, when that is a limit; else None.
+
+    Such a workflow does not fail: its workflow task or its activity is tried again and again, and whoever waits
+    for it would wait for ever.
+    """
+    with contextlib.suppress(RPCError):
+        query = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{prefix}"'
+        async for run in client.list_workflows(query, limit=30):
+            raw = (await client.get_workflow_handle(run.id).describe()).raw_description
+            for pending in raw.pending_activities:
+                if pending.attempt > 1 and re.search(OVER_A_LIMIT, pending.last_failure.message):
+                    return over_a_limit(redacted(pending.last_failure.message)[:200])
+            if raw.pending_workflow_task.attempt > 2 and (why := await _limit_in_history(client, run.id)):
+                return over_a_limit(why)
+    return None
+
+
+async def _limit_in_history(client: Client, id: str) -> str | None:
+    """The name of the limit for which the latest workflow task failed."""
+    events = (await client.get_workflow_handle(id).fetch_history()).events
+    causes = temporalio.api.enums.v1.WorkflowTaskFailedCause
+    for event in reversed(events):
+        if event.HasField("workflow_task_failed_event_attributes"):
+            name = causes.Name(event.workflow_task_failed_event_attributes.cause)
+            return name.removeprefix("WORKFLOW_TASK_FAILED_CAUSE_") if name.endswith("LIMIT_EXCEEDED") else None
     return None
 
 
@@ -551,9 +592,11 @@ class Inventory:
 
     async def _remove_deployment(self, name: str) -> str | None:
         """Remove a deployment with its versions. Returns why the server did not, or None when it is gone."""
+        told = False
         try:
             request = service.DescribeWorkerDeploymentRequest(namespace=self._space, deployment_name=name)
             info = (await self._ask.describe_worker_deployment(request)).worker_deployment_info
+            told = True
             await self._route_nowhere(name)
             for one in info.version_summaries:
                 version = WorkerDeploymentVersion(
@@ -569,8 +612,8 @@ class Inventory:
             )
             await self._ask.delete_worker_deployment(last)
         except RPCError as error:
-            if error.status == RPCStatusCode.NOT_FOUND:
-                return None
+            if error.status == RPCStatusCode.NOT_FOUND or not told:
+                return None  # it is not there, or the server has no deployments at all
             if POLLED in error.message:
                 return f"the server keeps a version until it has forgotten its workers, some minutes ({POLLED})"
             return refusal(error) or redacted(error.message)

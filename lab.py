@@ -10,7 +10,7 @@ This file knows nothing of verdicts: what is seen here becomes evidence in a scr
 """
 
 from common import Category, evaluate, leave, sdk_version
-from given import Capabilities, Inventory, capabilities, refused_command, remember_command
+from given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
 from settings import (
     CLI_ALONE,
     LEFT,
@@ -489,11 +489,11 @@ class Finished:
 class Lab:
     """What one item works with: names, files, workers and servers that no other item touches."""
 
-    def __init__(self, session: "Session", item: str) -> None:
+    def __init__(self, session: "Session", item: str, client: Client) -> None:
         self._session = session
         self.id = f"{item}-{session.token}"
         self.task_queue = self.id
-        self.client, self.target = session.client, session.target
+        self.client, self.target = client, session.target
         self.seed = session.seed
         self.random = random.Random(f"{session.seed}/{item}")
         self.folder = session.folder / item
@@ -765,6 +765,7 @@ class Session:
         self._embedded: Server | None = None
         self._ui_port: int | None = None
         self._client: Client | None = None
+        self._clients: dict[str, Client] = {}
         handler = logging.FileHandler(self.log)
         handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -787,7 +788,11 @@ class Session:
 
     def lab(self, item: str) -> Lab:
         self._prefixes.append(f"{item}-{self.token}")
-        return Lab(self, item)
+        return Lab(self, item, self._clients.get(item, self.client))
+
+    async def hindrance(self, item: str) -> str | None:
+        """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""
+        return await hindrance(self.client, f"{item}-{self.token}") if self._embedded is None else None
 
     def new_nursery(self, modules: Sequence[str] = ()) -> Nursery:
         self._nurseries.append(Nursery(self.log, self.folder, modules))
@@ -802,6 +807,10 @@ class Session:
         begun = time.monotonic()
         if user_settings():
             self._client = await connect_to_user_server()
+            # A connection for each item: what stands before a server may allow it only so many calls at a time
+            # (nginx 128), and every poller of a worker is one that lasts a minute.
+            for item in self.options.chosen:
+                self._clients[item.id] = await connect(Target(None))
         else:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun
