@@ -296,8 +296,11 @@ async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "replay belongs to the SDK: the workflow holds no recovery code, and nobody resumed a run by hand",
         workflow.defn,
-        workflow.execute_activity,
+        workflow.wait_condition,
+        (workflow.execute_activity, "start_to_close_timeout"),
         Worker,
+        WorkflowHandle.result,
+        "temporal server start-dev --db-filename",
         adds=keywords_in([FiveSteps], "try"),
     )
 
@@ -451,8 +454,10 @@ async def side_effect_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
     )
     yield native(
         "not running a completed activity again, and bounding its attempts, are the SDK's own",
-        workflow.execute_activity,
+        (workflow.execute_activity, "retry_policy"),
         (RetryPolicy, "maximum_attempts"),
+        workflow.execute_local_activity,
+        adds=["the key that makes an effect single"],
     )
     yield limit(
         "an effect outside Temporal is exactly once only with a key of the user's own",
@@ -691,8 +696,12 @@ async def deduplication(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "policies and ids are arguments of the call; the workflow has no code for it",
         (Client.start_workflow, "id_conflict_policy"),
+        WorkflowIDConflictPolicy,
         (Client.start_workflow, "id_reuse_policy"),
+        WorkflowIDReusePolicy,
+        WorkflowHandle.signal,
         (WorkflowHandle.execute_update, "id"),
+        adds=["a signal's request id, by raw gRPC"],
     )
 
 
@@ -779,7 +788,14 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
         f"{len(by_cli)} events by the command line, {len(history)} by the Python client; "
         f"history of {STEPS} steps: {size / 1000:.1f} kB",
     )
-    yield native("variables are plain attributes, read by a query", workflow.query, WorkflowHandle.query)
+    yield native(
+        "variables are plain attributes, read by a query",
+        workflow.query,
+        WorkflowHandle.query,
+        WorkflowHandle.fetch_history,
+        "temporal workflow show",
+        "temporal server start-dev --db-filename",
+    )
     async with lab.private_server() as server:
         forgotten = await server.client.start_workflow(Counting.run, 1, id=f"{lab.id}-f", task_queue=lab.task_queue)
         there = await status_of(forgotten)
@@ -955,7 +971,9 @@ async def determinism(lab: Lab) -> AsyncIterator[Evidence]:
     default = inspect.signature(Worker).parameters["workflow_runner"].default
     yield native(
         "the sandbox is on by default, and clock, randomness and ids come with the SDK",
-        Worker,
+        (Worker, "workflow_runner"),
+        SandboxedWorkflowRunner,
+        RestrictedWorkflowAccessError,
         workflow.now,
         workflow.random,
         workflow.uuid4,
@@ -1170,9 +1188,14 @@ async def violations(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield await waiting
     yield native(
-        "detection belongs to the SDK and needs no setting",
+        "detection belongs to the SDK and needs no setting, and a query finds the runs that wait",
         workflow.NondeterminismError,
         Worker,
+        Client.list_workflows,
+    )
+    yield native(
+        "failing at once instead of waiting is a setting of the worker",
+        (Worker, "workflow_failure_exception_types"),
     )
 
 
@@ -1403,7 +1426,13 @@ async def replay_fidelity(lab: Lab) -> AsyncIterator[Evidence]:
         wrong is None and len(long.events) >= 1000,
         f"{len(long.events)} events in {time.monotonic() - begun:.2f} s; failure: {wrong}",
     )
-    yield native("replaying is part of the SDK", Replayer, Replayer.replay_workflow, WorkflowHandle.fetch_history)
+    yield native(
+        "replaying is part of the SDK",
+        Replayer,
+        Replayer.replay_workflow,
+        workflow.NondeterminismError,
+        WorkflowHandle.fetch_history,
+    )
     unseen = [change.__name__ for change in UNSEEN if await replay(change, history) is None]
     yield limit(
         "changed activity arguments, timer length, timeouts and retry policy pass unseen",

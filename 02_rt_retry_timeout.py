@@ -413,7 +413,12 @@ async def retry_strategy(lab: Lab) -> AsyncIterator[Evidence]:
         "a RetryPolicy is all there is to write: no loop and no handler in workflow or activity",
         (workflow.execute_activity, "retry_policy"),
         (Client.start_workflow, "retry_policy"),
-        *((RetryPolicy, field) for field in inspect.signature(RetryPolicy).parameters),
+        (RetryPolicy, "initial_interval"),
+        (RetryPolicy, "backoff_coefficient"),
+        (RetryPolicy, "maximum_interval"),
+        (RetryPolicy, "maximum_attempts"),
+        (RetryPolicy, "non_retryable_error_types"),
+        (ApplicationError, "type"),
         (ApplicationError, "non_retryable"),
         (ApplicationError, "next_retry_delay"),
         adds=keywords_in([Retrying, Flawed, call_service], "for", "while", "try"),
@@ -723,11 +728,17 @@ async def timeout_system(lab: Lab) -> AsyncIterator[Evidence]:
         yield await each_fires(lab)
         async for evidence in side_by_side(*(part(lab) for part in parts)):
             yield evidence
-    activity_limits = ("start_to_close", "schedule_to_close", "schedule_to_start", "heartbeat")
     yield native(
         "each timeout is one argument",
-        *((workflow.execute_activity, f"{name}_timeout") for name in activity_limits),
-        *((Client.start_workflow, f"{name}_timeout") for name in ("execution", "run", "task")),
+        (workflow.execute_activity, "start_to_close_timeout"),
+        (workflow.execute_activity, "schedule_to_close_timeout"),
+        (workflow.execute_activity, "schedule_to_start_timeout"),
+        (workflow.execute_activity, "heartbeat_timeout"),
+        (Client.start_workflow, "execution_timeout"),
+        (Client.start_workflow, "run_timeout"),
+        (Client.start_workflow, "task_timeout"),
+        TimeoutError,
+        TimeoutType,
     )
 
 
@@ -1408,11 +1419,13 @@ async def heartbeat(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "sign of life, details and cancellation are one call of the SDK's",
         activity.heartbeat,
-        activity.info,
+        (activity.Info, "heartbeat_details"),
         (workflow.execute_activity, "heartbeat_timeout"),
         (workflow.execute_activity, "cancellation_type"),
+        workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+        (Worker, "max_heartbeat_throttle_interval"),
         activity.raise_complete_async,
-        Client.get_async_activity_handle,
+        (Client.get_async_activity_handle, "task_token"),
         AsyncActivityHandle.heartbeat,
         AsyncActivityHandle.complete,
     )

@@ -42,6 +42,7 @@ from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
+    ActivityHandle,
     Client,
     Schedule,
     ScheduleActionExecutionStartWorkflow,
@@ -66,7 +67,7 @@ from temporalio.exceptions import (
     is_cancelled_exception,
 )
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import Worker
+from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 from temporalio.workflow import ParentClosePolicy
 
 WF = Category(
@@ -271,7 +272,7 @@ def refused(attempt: Callable[[], object]) -> str:
 def bad_worker(lab: Lab, *activities: Callable[..., Any], workflows: Sequence[type] = ()) -> Callable[[], Worker]:
     """An attempt to make a worker, on a queue of its own: should it be made after all, it disturbs nobody."""
     queue = f"{lab.id}-{uuid.uuid4()}"
-    return lambda: Worker(lab.client, task_queue=queue, activities=activities, workflows=workflows, build_id="bad")
+    return lambda: Worker(lab.client, task_queue=queue, activities=activities, workflows=workflows)
 
 
 def bad_definitions(lab: Lab) -> dict[str, Callable[[], object]]:
@@ -336,12 +337,16 @@ async def step_definition(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "every kind of step belongs to the SDK",
         activity.defn,
+        (activity.defn, "name"),
         (activity.defn, "dynamic"),
+        activity.payload_converter,
         (Worker, "activity_executor"),
         workflow.execute_activity,
         workflow.execute_activity_method,
         workflow.execute_local_activity,
         Client.execute_activity,
+        Client.get_activity_handle,
+        ActivityHandle.describe,
     )
 
 
@@ -601,11 +606,16 @@ async def child_workflows(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "children, their policies and their errors belong to the SDK",
         workflow.execute_child_workflow,
-        workflow.start_child_workflow,
-        (workflow.execute_child_workflow, "parent_close_policy"),
+        (workflow.execute_child_workflow, "id"),
         (workflow.execute_child_workflow, "task_queue"),
-        ParentClosePolicy,
+        workflow.start_child_workflow,
+        (workflow.start_child_workflow, "parent_close_policy"),
+        ParentClosePolicy.ABANDON,
+        ParentClosePolicy.REQUEST_CANCEL,
+        ParentClosePolicy.TERMINATE,
         ChildWorkflowError,
+        is_cancelled_exception,
+        WorkflowHandle.cancel,
     )
 
 
@@ -907,6 +917,8 @@ async def fan_out(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.defn,
         workflow.execute_activity,
         (workflow.execute_activity, "cancellation_type"),
+        (workflow.execute_activity, "heartbeat_timeout"),
+        activity.heartbeat,
         workflow.execute_child_workflow,
     )
 
@@ -1118,6 +1130,8 @@ async def branching_and_loops(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "control flow is Python's; the suggestion and the new run are the SDK's",
         workflow.defn,
+        workflow.execute_activity,
+        workflow.sleep,
         workflow.Info.is_continue_as_new_suggested,
         workflow.continue_as_new,
     )
@@ -1572,14 +1586,21 @@ async def time_and_schedules(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "timers, delays and schedules belong to the SDK and the server",
         workflow.sleep,
-        workflow.wait_condition,
+        (workflow.wait_condition, "timeout"),
         (Client.start_workflow, "start_delay"),
         Client.create_schedule,
+        ScheduleHandle.describe,
         ScheduleHandle.pause,
+        ScheduleHandle.unpause,
         ScheduleHandle.trigger,
         ScheduleHandle.backfill,
+        (ScheduleBackfill, "overlap"),
+        (SchedulePolicy, "overlap"),
         ScheduleOverlapPolicy,
-        ScheduleSpec,
+        (ScheduleSpec, "intervals"),
+        (ScheduleSpec, "cron_expressions"),
+        (ScheduleSpec, "time_zone_name"),
+        (ScheduleState, "paused"),
     )
 
 
@@ -1773,7 +1794,10 @@ async def order_of(
         await submit(lab, name, together, priorities, server=server)
         arrived += len(together)
         await until(waiting, "everything waits in the queue")
-    one_by_one: dict[str, Any] = {"max_concurrent_activities": 1, "max_concurrent_activity_task_polls": 1}
+    one_by_one: dict[str, Any] = {
+        "max_concurrent_activities": 1,
+        "activity_task_poller_behavior": PollerBehaviorSimpleMaximum(maximum=1),
+    }
     async with lab.worker([], [serve], server=server, task_queue=queue, **one_by_one):
         await all_served(ledger, len(customers))
     return served(ledger)
@@ -1863,11 +1887,14 @@ async def queues(lab: Lab) -> AsyncIterator[Evidence]:
         "limits are options of the worker, rates of the queue; priority and fairness are options of the call",
         (Worker, "max_concurrent_activities"),
         (Worker, "max_task_queue_activities_per_second"),
-        "temporal task-queue config set",
-        Priority,
+        (Worker, "activity_task_poller_behavior"),
+        PollerBehaviorSimpleMaximum,
+        "temporal task-queue config set --queue-rps-limit",
+        (Priority, "priority_key"),
+        (Priority, "fairness_key"),
+        (Priority, "fairness_weight"),
+        Client.start_activity,
         (Client.start_activity, "priority"),
-        (workflow.execute_activity, "priority"),
-        (Client.start_workflow, "priority"),
     )
 
 

@@ -758,6 +758,9 @@ async def waiting(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.update,
         workflow.all_handlers_finished,
         WorkflowHandle.execute_update,
+        (WorkflowHandle.start_update, "wait_for_stage"),
+        WorkflowUpdateStage.ACCEPTED,
+        WorkflowUpdateFailedError,
     )
 
 
@@ -1276,11 +1279,14 @@ async def event_triggers(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "starting by call, clock, signal and update is built in (a broker's messages are not, see the limit)",
         Client.start_workflow,
+        (Client.start_workflow, "id_reuse_policy"),
         (Client.start_workflow, "start_signal"),
         (Client.start_workflow, "cron_schedule"),
         Client.create_schedule,
+        (ScheduleSpec, "intervals"),
+        (ScheduleState, "remaining_actions"),
         Client.execute_update_with_start_workflow,
-        WithStartWorkflowOperation,
+        (WithStartWorkflowOperation, "id_conflict_policy"),
     )
 
 
@@ -1556,6 +1562,8 @@ async def query(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.query,
         WorkflowHandle.query,
         (WorkflowHandle.query, "reject_condition"),
+        QueryRejectCondition.NOT_OPEN,
+        QueryRejectCondition.NOT_COMPLETED_CLEANLY,
         "temporal workflow stack",
     )
 

@@ -113,14 +113,17 @@ async def do(step: Callable[[Crew, Purchase], Awaitable[str]], purchase: Purchas
 
 
 async def builds_of(handle: WorkflowHandle[Any, Any]) -> list[str]:
-    """Which build completed each workflow task of a run, as the server recorded it, oldest first."""
+    """Which build completed each workflow task of a run, as the server recorded it, oldest first.
+
+    A worker that takes part in no deployment is named here by its identity.
+    """
     history = await handle.fetch_history()
     done = [
         event.workflow_task_completed_event_attributes
         for event in history.events
         if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
     ]
-    return [one.deployment_version.build_id or one.worker_version.build_id for one in done]
+    return [one.deployment_version.build_id or one.identity for one in done]
 
 
 async def together(*parts: Awaitable[T]) -> list[T]:
@@ -221,7 +224,7 @@ class Begun:
 
 def staff(lab: Lab, stage: str, queue: str) -> Worker:
     """A worker with one stage of the code, whose tasks are recorded under the stage's name."""
-    return lab.worker([STAGES[stage]], Crew(stage).activities, task_queue=queue, build_id=stage)
+    return lab.worker([STAGES[stage]], Crew(stage).activities, task_queue=queue, identity=stage)
 
 
 async def begin(lab: Lab, stage: str, name: str) -> Begun:
@@ -603,12 +606,24 @@ async def workflow_versioning(lab: Lab) -> AsyncIterator[Evidence]:
     async for evidence in side_by_side(*parts):
         yield evidence
     yield native(
-        "patching is part of the SDK, and Worker Deployment Versioning of SDK, server and command line",
+        "patching is part of the SDK, its runs are found by a query, and replay tells when a patch may go",
         workflow.patched,
+        workflow.deprecate_patch,
+        workflow.NondeterminismError,
+        Client.list_workflows,
+        WorkflowExecutionAsyncIterator.map_histories,
+        Replayer.replay_workflows,
+    )
+    yield native(
+        "Worker Deployment Versioning is part of SDK and server (the command makes the call that was made here)",
         (workflow.defn, "versioning_behavior"),
+        VersioningBehavior.PINNED,
+        VersioningBehavior.AUTO_UPGRADE,
         (Worker, "deployment_config"),
-        WorkerDeploymentConfig,
+        (WorkerDeploymentConfig, "use_worker_versioning"),
+        WorkerDeploymentVersion,
         "temporal worker deployment set-current-version",
+        "temporal worker deployment describe-version",
     )
 
 
@@ -887,9 +902,13 @@ async def breaking_changes(lab: Lab) -> AsyncIterator[Evidence]:
         Replayer,
         Replayer.replay_workflow,
         Replayer.replay_workflows,
+        WorkflowHandle.fetch_history,
+        WorkflowHistory.to_json,
         WorkflowHistory.from_json,
+        Client.list_workflows,
         WorkflowExecutionAsyncIterator.map_histories,
-        "temporal workflow show",
+        workflow.patched,
+        workflow.deprecate_patch,
     )
 
 
@@ -1353,17 +1372,22 @@ async def migration(lab: Lab) -> AsyncIterator[Evidence]:
         "temporalio/sdk-go, test/worker_deployment_test.go: default VersionDrainageStatusVisibilityGracePeriod",
     )
     yield native(
-        "ramp, switch, rollback, drainage and moving a run are commands of the server",
+        "ramp, switch, rollback, drainage and moving a run are the server's (a command makes each call made here)",
+        (workflow.defn, "versioning_behavior"),
         (Worker, "deployment_config"),
-        WorkerDeploymentConfig,
-        "temporal worker deployment set-ramping-version",
+        (WorkerDeploymentConfig, "use_worker_versioning"),
+        (WorkerDeploymentConfig, "default_versioning_behavior"),
+        WorkerDeploymentVersion,
+        "temporal worker deployment set-ramping-version --percentage",
         "temporal worker deployment set-current-version",
+        "temporal worker deployment describe",
         "temporal worker deployment describe-version",
-        "temporal workflow update-options",
+        "temporal workflow update-options --versioning-override-behavior",
     )
     yield native(
         "upgrading at continue-as-new is part of the SDK",
-        workflow.ContinueAsNewVersioningBehavior,
+        (workflow.continue_as_new, "initial_versioning_behavior"),
+        workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE,
         workflow.Info.is_target_worker_deployment_version_changed,
     )
 
@@ -1790,9 +1814,13 @@ async def schema_evolution(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield native(
         "defaults and converters are part of the SDK, but reading what was renamed or retyped is the user's to write",
-        DataConverter,
+        (DataConverter, "payload_converter_class"),
+        CompositePayloadConverter,
+        DefaultPayloadConverter,
+        (JSONPlainPayloadConverter, "custom_type_converters"),
         JSONTypeConverter,
         PydanticPayloadConverter,
+        (workflow.defn, "dynamic"),
         adds=["RenamedFields, which reads old payloads"],
     )
 

@@ -6,8 +6,45 @@ be undone, what can be repeated without repeating everything, who may step in, a
 cases are kept until somebody has mended their cause.
 """
 
-from common import Category, Evidence, causes, control, holds, limit, native, piece, side_by_side, works
-from lab import Lab, Server, count_events, failed_tasks, name_of, note, notes, run, status_of, until
+from common import (
+    Category,
+    Evidence,
+    Fact,
+    contains,
+    control,
+    equal,
+    figure,
+    holds,
+    limit,
+    native,
+    piece,
+    side_by_side,
+    slowness,
+    works,
+)
+from lab import (
+    Books,
+    Fault,
+    Lab,
+    Server,
+    TakeOver,
+    count_events,
+    ended,
+    fail,
+    failed_tasks,
+    hold,
+    name_of,
+    never_answer,
+    note,
+    notes,
+    open_gate,
+    outline,
+    refuse,
+    run,
+    status_of,
+    until,
+    withhold,
+)
 
 import asyncio
 import contextlib
@@ -18,12 +55,13 @@ import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 import temporalio.client
 import temporalio.worker
@@ -39,6 +77,7 @@ from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureEr
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.service import RPCError, RPCStatusCode, WorkflowService
+from temporalio.worker import Worker
 from temporalio.workflow import ActivityCancellationType
 
 CP = Category(
@@ -62,13 +101,19 @@ COMPLETED, FAILED, CANCELED = (
 RUNNING, TERMINATED = WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.TERMINATED
 
 
-async def ended(handle: WorkflowHandle[Any, Any]) -> str:
+def soon() -> timedelta:
+    """An attempt that a kill has cut off, or that never answers, is given up after this long."""
+    return timedelta(seconds=3 * slowness())
+
+
+# A cancellation or a pause reaches a running activity by its heartbeats: do not hold these back for long.
+OFTEN = timedelta(milliseconds=200)
+
+
+async def said(handle: WorkflowHandle[Any, Any]) -> str:
     """Wait until a run is closed. Returns its result, or what it ended with and why, in words."""
-    try:
-        return str(await handle.result())
-    except WorkflowFailureError as error:
-        last = causes(error)[-1]
-        return f"{type(last).__name__}: {last}"
+    how = await ended(handle)
+    return str(how.result) if how.status == "COMPLETED" else how.why
 
 
 async def events_of(handle: WorkflowHandle[Any, Any]) -> list[HistoryEvent]:
@@ -108,119 +153,98 @@ async def by_cli(lab: Lab, *arguments: str, server: Server | None = None) -> Non
 
 
 # CP-01 Compensation, saga ----------------------------------------------------------------------------
-# What was begun is undone, last first. The undoing must survive what ended the work: failures, kills,
-# and a cancellation that arrives while it runs.
+# What was begun is undone, last first. The undoing must survive what ended the work: failures, kills, and a
+# cancellation that arrives while it runs. And no booking that comes late may outrun its own undoing.
 
 
 class Saga:
     """Undoes, last first, what was registered, when the block is left by an error or a cancellation."""
 
     def __init__(self) -> None:
-        self.undo: list[Callable[[], Awaitable[object]]] = []
+        self.steps: list[tuple[str, Callable[[], Awaitable[object]]]] = []
 
-    async def __aenter__(self) -> "Saga":
+    def register(self, name: str, undo: Callable[[], Awaitable[object]]) -> None:
+        self.steps.append((name, undo))
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            undoing = asyncio.create_task(self.undo_all())
-            while not undoing.done():  # a cancellation ends the waiting, so wait again: it must not end the undoing
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.shield(undoing)
-            await undoing
+        # continue_as_new leaves the block by an exception, too, but the work goes on.
+        if error is None or isinstance(error, workflow.ContinueAsNewError):
+            return
+        undoing = asyncio.create_task(self.undo_all())
+        while not undoing.done():  # a cancellation ends the waiting, so wait again: it must not end the undoing
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(undoing)
+        if left := undoing.result():
+            raise ApplicationError(f"not undone: {', '.join(left)}", type="NotUndone", non_retryable=True) from error
 
-    async def undo_all(self) -> None:
-        for one in reversed(self.undo):
-            await one()
-
-
-PRICES = {"flight": 300, "hotel": 200, "car": 100}
-
-
-@dataclass
-class Trip:
-    """`trouble` says what goes wrong in which call, such as {"book car": "refused"}."""
-
-    provider: str  # a SQLite file: what is booked
-    calls: str  # a ledger: every call that reached the provider
-    trouble: dict[str, str] = field(default_factory=dict)
-    gate: str = ""  # a file: an undoing that "waits", or goes "unreported", does so until it is there
-    patience: float = 30  # seconds until an attempt to undo is given up
+    async def undo_all(self) -> list[str]:
+        """One that fails for good does not stop the others. Returns what is left, by name and reason."""
+        left = []
+        for name, undo in reversed(self.steps):
+            try:
+                await undo()
+            except ActivityError as error:
+                left.append(f"{name} ({error.cause})")
+        return left
 
 
 @dataclass
 class Reservation:
-    trip: Trip
     service: str
     key: str  # the same in every attempt, so that neither booking nor undoing counts twice
 
 
-def open_provider(database: str) -> None:
-    with sqlite3.connect(database) as connection:
-        connection.execute("CREATE TABLE entries (key TEXT UNIQUE, amount INTEGER)")
+@dataclass
+class Trip:
+    number: str  # of the order: keys are made of it, since a workflow's and an activity's ids may come again
+    services: list[str]
 
 
-def enter(database: str, statement: str, *values: object) -> None:
-    with sqlite3.connect(database) as connection:
-        connection.execute(f"INSERT OR IGNORE INTO entries {statement}", values)
+class Provider(Protocol):
+    """Whoever is booked with. What is asked twice under one key counts once."""
+
+    def book(self, key: str, service: str) -> None: ...
+
+    def reverse(self, key: str) -> None:
+        """Undo what was booked under the key, and refuse what is still to come under it."""
 
 
-def entries(database: str) -> list[int]:
-    """The amounts in the provider's books. Their sum is what the traveller still pays for."""
-    with sqlite3.connect(database) as connection:
-        return [int(amount) for (amount,) in connection.execute("SELECT amount FROM entries ORDER BY rowid")]
+class Travel:
+    """Activities are methods, so that what they work with is handed in and need not travel through histories."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.provider = provider
+
+    @activity.defn
+    def book(self, order: Reservation) -> None:
+        self.provider.book(order.key, order.service)
+
+    @activity.defn
+    def undo(self, order: Reservation) -> None:
+        """Undoing what was never booked is no error: whether it was is not always known."""
+        self.provider.reverse(order.key)
 
 
-@activity.defn
 async def book(order: Reservation) -> None:
-    trouble = order.trip.trouble.get(f"book {order.service}")
-    note(order.trip.calls, f"book {order.service}")
-    if trouble == "refused":
-        raise ApplicationError(f"no {order.service} left", non_retryable=True)
-    enter(order.trip.provider, "VALUES (?, ?)", order.key, PRICES[order.service])
-    while trouble in ("waits", "lost"):  # it is booked, but the answer does not come
-        if trouble == "waits":
-            activity.heartbeat()  # a cancellation reaches an activity through its heartbeats
-        await asyncio.sleep(0.1)
-
-
-@activity.defn
-async def undo(order: Reservation) -> None:
-    """Undoing what was never booked is no error: whether it was is not always known."""
-    trouble = order.trip.trouble.get(f"undo {order.service}")
-    note(order.trip.calls, f"undo {order.service}")
-    if trouble == "fails twice" and activity.info().attempt <= 2:
-        raise ApplicationError("the provider is down")
-    while trouble == "waits" and not Path(order.trip.gate).exists():
-        await asyncio.sleep(0.05)
-    enter(order.trip.provider, "SELECT key || ' undone', -amount FROM entries WHERE key = ?", order.key)
-    while trouble == "unreported" and not Path(order.trip.gate).exists():  # it is undone, but nobody was told
-        await asyncio.sleep(0.05)
-
-
-def reservation(trip: Trip, service: str) -> Reservation:
-    return Reservation(trip, service, key=f"{workflow.info().workflow_id}/{service}")
-
-
-async def do_book(trip: Trip, service: str) -> None:
-    await workflow.execute_activity(
-        book,
-        reservation(trip, service),
-        start_to_close_timeout=SOON if trip.trouble.get(f"book {service}") == "lost" else PATIENT,
-        heartbeat_timeout=PATIENT,
+    await workflow.execute_activity_method(
+        Travel.book,
+        order,
+        summary=order.service,
+        start_to_close_timeout=timedelta(seconds=30),
+        heartbeat_timeout=timedelta(seconds=30),
         # A booking that is cancelled is only undone when it can no longer happen.
         cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
         retry_policy=RetryPolicy(maximum_attempts=1),
     )
 
 
-async def do_undo(trip: Trip, service: str) -> None:
+async def undo(order: Reservation) -> None:
     # No limit to the attempts: giving up here would leave a bill that nobody knows of.
-    await workflow.execute_activity(
-        undo,
-        reservation(trip, service),
-        start_to_close_timeout=timedelta(seconds=trip.patience),
-        retry_policy=QUICKLY,
+    await workflow.execute_activity_method(
+        Travel.undo, order, summary=order.service, start_to_close_timeout=timedelta(seconds=30)
     )
 
 
@@ -229,245 +253,364 @@ class TravelBooking:
     @workflow.run
     async def run(self, trip: Trip) -> str:
         async with Saga() as saga:
-            for service in PRICES:
+            for service in trip.services:
+                order = Reservation(service, key=f"{trip.number}/{service}")
                 # Before the step, not after it: a step whose outcome stays unknown is then undone too.
-                saga.undo.append(partial(do_undo, trip, service))
-                await do_book(trip, service)
+                saga.register(service, partial(undo, order))
+                await book(order)
         return "booked"
 
 
+class Agency:
+    """A provider for the example: it keeps its bookings in memory, and has no cars left."""
+
+    def __init__(self) -> None:
+        self.booked: dict[str, str] = {}
+
+    def book(self, key: str, service: str) -> None:
+        if service == "car":
+            raise ApplicationError("no car left", non_retryable=True)
+        self.booked[key] = service
+
+    def reverse(self, key: str) -> None:
+        self.booked[key] = "undone"
+
+
+async def example_cp_01(client: Client) -> None:
+    agency = Agency()
+    travel = Travel(agency)
+    async with Worker(
+        client,
+        task_queue="travel",
+        workflows=[TravelBooking],
+        activities=[travel.book, travel.undo],
+        activity_executor=ThreadPoolExecutor(10),
+    ):
+        trip = Trip(str(uuid.uuid4()), ["flight", "hotel", "car"])
+        try:
+            await client.execute_workflow(TravelBooking.run, trip, id=f"trip-{trip.number}", task_queue="travel")
+        except WorkflowFailureError as failure:
+            print(f"The trip failed: {failure.cause}. The agency's books: {agency.booked}")
+
+
+# CP-01 put to the test -------------------------------------------------------------------------------
+
+PRICES = {"flight": 300, "hotel": 200, "car": 100}
+SERVICES = list(PRICES)
+ALL, BACK = ["book flight", "book hotel", "book car"], ["undo car", "undo hotel", "undo flight"]
+BOOKED, UNDONE, ALL_UNDONE = [300, 200, 100], [300, 200, -200, -300], [300, 200, 100, -100, -200, -300]
+
+
+class Desk:
+    """A provider whose books are a file outside Temporal, and outlive the worker."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+
+    def book(self, key: str, service: str) -> None:
+        if not self.books.book(key, PRICES[service]):
+            raise ApplicationError(f"{key} was undone before it was booked", non_retryable=True)
+
+    def reverse(self, key: str) -> None:
+        self.books.reverse(key)
+
+
+class Forgetful(Desk):
+    """The control: a provider that does not remember what was undone before it was booked."""
+
+    def book(self, key: str, service: str) -> None:
+        self.books.enter(key, PRICES[service])
+
+
 @workflow.defn
-class NothingUndone:
-    """The control: a workflow that fails, and leaves it at that."""
+class Variant:
+    """The controls: the same booking with one thing left out."""
 
     @workflow.run
-    async def run(self, trip: Trip) -> str:
-        for service in PRICES:
-            await do_book(trip, service)
-        return "booked"
-
-
-@workflow.defn
-class RegisteredAfter:
-    """The control: only what is known to be booked is undone."""
-
-    @workflow.run
-    async def run(self, trip: Trip) -> str:
-        async with Saga() as saga:
-            for service in PRICES:
-                await do_book(trip, service)
-                saga.undo.append(partial(do_undo, trip, service))
-        return "booked"
-
-
-@workflow.defn
-class Unshielded:
-    """The control: the undoing awaited as everybody writes it at first, where a cancellation ends it."""
-
-    @workflow.run
-    async def run(self, trip: Trip, shield: bool) -> str:
+    async def run(self, trip: Trip, without: str) -> str:
         saga = Saga()
         try:
-            for service in PRICES:
-                saga.undo.append(partial(do_undo, trip, service))
-                await do_book(trip, service)
-        except ActivityError:
+            for service in trip.services:
+                order = Reservation(service, key=f"{trip.number}/{service}")
+                register = partial(saga.register, service, partial(undo, order))
+                if without != "registering before":
+                    register()
+                await book(order)
+                if without == "registering before":
+                    register()
+        except (ActivityError, asyncio.CancelledError):
+            if without == "compensation":
+                raise
+            undoing = saga.undo_all()
             # shield() alone keeps the undoing running, but nobody waits for it: the workflow ends first.
-            await (asyncio.shield(saga.undo_all()) if shield else saga.undo_all())
+            await (asyncio.shield(undoing) if without == "waiting" else undoing)
             raise
         return "booked"
 
 
-BOOKINGS = [TravelBooking, NothingUndone, RegisteredAfter, Unshielded]
-BACKWARDS = ["undo car", "undo hotel", "undo flight"]
-BOOK_ALL = ["book flight", "book hotel", "book car"]
+@workflow.defn
+class Leg:
+    """A booking in two runs: the second one books the rest."""
+
+    @workflow.run
+    async def run(self, trip: Trip) -> str:
+        async with Saga() as saga:
+            order = Reservation(trip.services[0], key=f"{trip.number}/{trip.services[0]}")
+            saga.register(order.service, partial(undo, order))
+            await book(order)
+            if trip.services[1:]:
+                workflow.continue_as_new(Trip(trip.number, trip.services[1:]))
+        return "booked"
 
 
-def new_trip(lab: Lab, name: str, patience: float = 30, **trouble: str) -> Trip:
-    """A trip with a provider of its own. `book_car="refused"`: what goes wrong."""
-    trip = Trip(lab.file(f"{name}.sqlite"), lab.file(name), gate=lab.file(f"{name}.gate"), patience=patience)
-    trip.trouble = {call.replace("_", " "): what for call, what in trouble.items()}
-    open_provider(trip.provider)
-    return trip
+@dataclass(frozen=True)
+class Case:
+    """A booking, what is done to it, and what must come of it."""
+
+    kind: Callable[..., Evidence]
+    claim: str
+    calls: list[str]
+    books: list[int]
+    status: str = "FAILED"
+    why: str = ""
+    faults: Sequence[Fault] = ()
+    run: Any = TravelBooking.run
+    services: list[str] = field(default_factory=lambda: SERVICES)
+    without: str = ""  # what the control leaves out
+    cancel_at: str = ""  # the call during which a cancellation comes
+    gives_up: bool = False  # an attempt to book is given up after soon(), instead of half a minute
+    late: bool = False  # what is held goes on only when the run has ended
+    forgetful: bool = False  # the provider is
 
 
-def open_gate(path: str) -> None:
-    Path(path).touch()
+GATE = "a gate of the case's own"
+no_car = refuse("book", service="car", why="no car left")
+slow_hotel = hold("undo", GATE, service="hotel")
+stuck_hotel = hold("undo", "", service="hotel")
+silent_car = never_answer("book", service="car", silent=True)
+late_car = hold("book", GATE, service="car", silent=True)
+
+CASES = {
+    "well": Case(works, "when all goes well nothing is undone", ALL, BOOKED, "COMPLETED"),
+    "third": Case(
+        works,
+        "the third step is refused: what was begun is undone in reverse order, and the run says why it failed",
+        ALL + BACK, UNDONE, why="no car left", faults=[no_car],
+    ),
+    "first": Case(
+        holds, "the first step is refused: nothing else is begun, and nothing is paid",
+        ["book flight", "undo flight"], [], why="no flight", faults=[refuse("book", service="flight", why="no flight")],
+    ),
+    "second": Case(
+        holds, "the second step is refused: only what was begun is undone",
+        [*ALL[:2], *BACK[1:]], [300, -300], why="no hotel", faults=[refuse("book", service="hotel", why="no hotel")],
+    ),
+    "for good": Case(
+        holds,
+        "an undoing that fails for good does not stop the others: the failure names the step, and what began it all",
+        ALL + BACK, [300, 200, -300], why="not undone: hotel (the hotel is bankrupt) <- no car left",
+        faults=[no_car, refuse("undo", service="hotel", why="the hotel is bankrupt")],
+    ),
+    "unanswered": Case(
+        holds, "a step that timed out, though it had its effect, is undone: its undoing was registered before it",
+        ALL + BACK, ALL_UNDONE, why="timeout", faults=[silent_car], gives_up=True,
+    ),
+    "late": Case(
+        holds, "a booking that comes after its own undoing is refused by the provider",
+        ALL + BACK, UNDONE, why="timeout", faults=[late_car], gives_up=True, late=True,
+    ),
+    "cancelled": Case(
+        holds, "cancelled in the third step: everything is undone, and the run is CANCELED",
+        ALL + BACK, ALL_UNDONE, "CANCELED", faults=[never_answer("book", service="car")], cancel_at="book car",
+    ),
+    "shielded": Case(
+        holds, "a booking that failed, cancelled while it is undone: the undoing is finished",
+        ALL + BACK, UNDONE, faults=[no_car, slow_hotel], cancel_at="undo hotel",
+    ),
+    "continued": Case(
+        holds, "continue-as-new inside the block undoes nothing: the next run goes on",
+        ALL[:2], [300, 200], "COMPLETED", run=Leg.run, services=SERVICES[:2],
+    ),
+    "nothing": Case(
+        control, "without compensation the failed booking leaves the books off balance",
+        ALL, [300, 200], faults=[no_car], without="compensation",
+    ),
+    "after": Case(
+        control, "registered after the step, the undoing of a step that timed out is missing",
+        ALL + BACK[1:], [300, 200, 100, -200, -300], faults=[silent_car], gives_up=True, without="registering before",
+    ),
+    "bare": Case(
+        control, "awaited without a shield, the undoing that is under way is lost when a cancellation comes",
+        ALL + BACK, [300, 200, -300], faults=[no_car, stuck_hotel], without="shield", cancel_at="undo hotel",
+    ),
+    "plain": Case(
+        control, "with a plain asyncio.shield() nobody waits for the undoing, and its rest is lost",
+        [*ALL, *BACK[:2]], [300, 200], "CANCELED", faults=[no_car, stuck_hotel], without="waiting",
+        cancel_at="undo hotel",
+    ),
+    "forgetful": Case(
+        control, "with a provider that does not remember, a booking that comes late stays and is paid",
+        ALL + BACK, [300, 200, -200, -300, 100], faults=[late_car], gives_up=True, late=True, forgetful=True,
+    ),
+}  # fmt: skip
 
 
-async def start_trip(lab: Lab, workflow_class: Any, name: str, *arguments: Any) -> WorkflowHandle[Any, Any]:
-    handle: WorkflowHandle[Any, Any] = await lab.client.start_workflow(
-        workflow_class.run, args=arguments, id=f"{lab.id}-{name}", task_queue=lab.task_queue
-    )
-    return handle
+def called(lab: Lab, workflow: str, what: str = "begun") -> list[str]:
+    return [f"{call.activity} {call.argument['service']}" for call in lab.calls(workflow, what)]
 
 
-def account(trip: Trip) -> str:
-    """The calls and the balance, for a measured text."""
-    amounts = entries(trip.provider)
-    return f"calls: {', '.join(notes(trip.calls))}; books: {' '.join(f'{a:+}' for a in amounts)} = {sum(amounts)}"
+class Bench:
+    """Where the cases are tried: workers that differ in when they give an attempt up, and in their provider."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.books = lab, Books(lab.file("books.sqlite"))
+        self.travel, self.forgetful = Travel(Desk(self.books)), Travel(Forgetful(self.books))
+
+    def faults(self) -> list[Fault]:
+        """Those of every case, each for its own workflow and with its own gate."""
+        return [
+            replace(fault, gate=fault.gate and self.lab.gate(name)).of(self.id_of(name))
+            for name, case in CASES.items()
+            for fault in case.faults
+        ]
+
+    def id_of(self, name: str) -> str:
+        return f"{self.lab.id}-{name.replace(' ', '-')}"
+
+    def queue_of(self, case: Case) -> str:
+        return f"{self.lab.id}{'-gives-up' * case.gives_up}{'-forgetful' * case.forgetful}"
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        def worker(case: Case) -> Worker:
+            travel = self.forgetful if case.forgetful else self.travel
+            return self.lab.worker(
+                [TravelBooking, Variant, Leg],
+                [travel.book, travel.undo],
+                task_queue=self.queue_of(case),
+                faults=self.faults(),
+                shortened={"book": {"start_to_close_timeout": soon()}} if case.gives_up else None,
+                max_heartbeat_throttle_interval=OFTEN,
+            )
+
+        async with worker(CASES["well"]), worker(CASES["unanswered"]), worker(CASES["forgetful"]):
+            yield
+
+    async def try_case(self, name: str, case: Case) -> Evidence:
+        """Start the booking, do to it what the case says, and compare calls, books and ending."""
+        lab, id = self.lab, self.id_of(name)
+        arguments = [Trip(id, case.services), *([case.without] if case.without else [])]
+        run = Variant.run if case.without else case.run
+        handle = await lab.client.start_workflow(run, args=arguments, id=id, task_queue=self.queue_of(case))
+        if case.cancel_at:
+            await until(lambda: case.cancel_at in called(lab, id), f"{case.cancel_at} has begun")
+            await handle.cancel()
+            await until(lambda: told_of_cancel(handle), "the workflow knows that it is cancelled")
+        if not case.late:
+            open_gate(lab.gate(name))
+        how = await ended(handle)
+        open_gate(lab.gate(name))
+        # What was held ends before the books are read; what never answers does not end at all.
+        left = len(called(lab, id)) - len([fault for fault in case.faults if fault.does == "never answer"])
+        await until(lambda: len(returned(lab, id)) >= left, "every call has ended")
+        calls, amounts = called(lab, id), self.books.amounts(f"{id}/")
+        facts = {"calls": equal(calls, case.calls), "books": equal(amounts, case.books)}
+        facts |= {"balance": Fact(sum(amounts)), "status": equal(how.status, case.status)}
+        return case.kind(case.claim, **facts, **({"why": contains(how.why, case.why)} if case.why else {}))
 
 
-async def third_step_fails(lab: Lab) -> Evidence:
-    trip = new_trip(lab, "fails", book_car="refused")
-    handle = await start_trip(lab, TravelBooking, "fails", trip)
-    how = await ended(handle)
-    return works(
-        "the third step is refused: what was booked is undone in reverse order, and the run says why it failed",
-        notes(trip.calls) == BOOK_ALL + BACKWARDS and entries(trip.provider) == [300, 200, -200, -300]
-        and await status_of(handle) == FAILED and "no car left" in how,
-        f"{account(trip)}; ended with {how}",
-    )  # fmt: skip
+def returned(lab: Lab, workflow: str) -> list[str]:
+    return called(lab, workflow, "ended") + called(lab, workflow, "failed")
 
 
-async def all_goes_well(lab: Lab) -> Evidence:
-    trip = new_trip(lab, "well")
-    how = await ended(await start_trip(lab, TravelBooking, "well", trip))
-    return works(
-        "when all goes well nothing is undone",
-        notes(trip.calls) == BOOK_ALL and entries(trip.provider) == [300, 200, 100] and how == "booked",
-        f"{account(trip)}; result {how}",
-    )
+async def told_of_cancel(handle: WorkflowHandle[Any, Any]) -> bool:
+    """Whether the workflow has completed the task that brought it the cancellation."""
+    _, asked, after = outline(await handle.fetch_history(), without="").partition("WorkflowExecutionCancelRequested")
+    return bool(asked) and "WorkflowTaskCompleted" in after
+
+
+def new_travel(lab: Lab, name: str) -> tuple[Travel, Books]:
+    books = Books(lab.file(f"{name}.sqlite"))
+    return Travel(Desk(books)), books
 
 
 async def undoing_fails(lab: Lab) -> Evidence:
-    trip = new_trip(lab, "retried", book_car="refused", undo_hotel="fails twice")
-    await ended(await start_trip(lab, TravelBooking, "retried", trip))
+    """The hotel cannot be reached twice. Somebody looks while the workflow waits for the third attempt."""
+    travel, books = new_travel(lab, "retried")
+    queue = f"{lab.id}-retried"
+    faults = [no_car, fail("undo", 2, service="hotel", why="the hotel's line is busy")]
+    async with lab.worker([TravelBooking], [travel.book, travel.undo], task_queue=queue, faults=faults):
+        handle = await lab.start(TravelBooking.run, Trip(queue, SERVICES), name="retried", task_queue=queue)
+        await until(lambda: attempt_is(handle, 3), "the undoing waits for its third attempt")
+        pending = await pending_activity(handle)
+        await ended(handle)
     return holds(
-        "an undoing that fails is retried until it succeeds, and only then comes the next one",
-        notes(trip.calls) == [*BOOK_ALL, "undo car", "undo hotel", "undo hotel", "undo hotel", "undo flight"]
-        and entries(trip.provider) == [300, 200, -200, -300],
-        account(trip),
+        "an undoing that fails is retried until it succeeds, and only then comes the next; describe tells of it "
+        "in mid-air",
+        calls=equal(called(lab, handle.id), [*ALL, "undo car", *["undo hotel"] * 3, "undo flight"]),
+        books=equal(books.amounts(), UNDONE),
+        pending=equal(pending.activity_type.name, "undo"),
+        last_failure=equal(pending.last_failure.message, "the hotel's line is busy"),
     )
+
+
+async def attempt_is(handle: WorkflowHandle[Any, Any], attempt: int) -> bool:
+    return (await pending_activity(handle)).attempt >= attempt
 
 
 async def killed_while_undoing(lab: Lab) -> Evidence:
     """The worker dies after undoing the hotel and before it could say so. The next one undoes it again."""
-    queue = f"{lab.id}-killed"
-    trip = new_trip(lab, "killed", SOON.total_seconds(), book_car="refused", undo_hotel="unreported")
-    handle = await lab.client.start_workflow(TravelBooking.run, trip, id=queue, task_queue=queue)
-    async with lab.worker_process([TravelBooking], [book, undo], task_queue=queue) as worker:
-        await until(lambda: len(entries(trip.provider)) == 3, "the hotel is undone")
-        await worker.kill()
-    before = len(notes(trip.calls))
-    open_gate(trip.gate)
-    killed = time.monotonic()
-    async with lab.worker_process([TravelBooking], [book, undo], task_queue=queue):
-        how = await ended(handle)
-    after = notes(trip.calls)[before:]
+    quick, default = await asyncio.gather(*(take_over_at_hotel(lab, sticky) for sticky in (1, 10)))
+    (seen, books), (usual, usual_books) = quick, default
     return holds(
         "worker killed in the middle of undoing: a new one finishes it; the call cut off is repeated, and counts once",
-        before == 5 and after[-1] == "undo flight" and set(after[:-1]) == {"undo hotel"} and "no car left" in how
-        and entries(trip.provider) == [300, 200, -200, -300],
-        f"{before} calls before SIGKILL, then {', '.join(after)}; finished {time.monotonic() - killed:.1f} s "
-        f"after it; {account(trip)}",
-    )  # fmt: skip
-
-
-async def cancelled_twice(lab: Lab) -> Evidence:
-    """Cancelled inside the third step, and once more while the hotel is being undone."""
-    trip = new_trip(lab, "twice", book_car="waits", undo_hotel="waits")
-    handle = await start_trip(lab, TravelBooking, "twice", trip)
-    await until(lambda: len(entries(trip.provider)) == 3, "the car is booked, but not confirmed")
-    await handle.cancel(reason="the traveller is ill")
-    await until(lambda: "undo hotel" in notes(trip.calls), "the hotel is being undone")
-    await handle.cancel(reason="still ill")
-    requests = (await count_events(handle))["WORKFLOW_EXECUTION_CANCEL_REQUESTED"]
-    open_gate(trip.gate)
-    await ended(handle)
-    status = await status_of(handle)
-    return holds(
-        "cancelled in the third step, and again while undoing: everything is undone, and the run is CANCELED",
-        notes(trip.calls) == BOOK_ALL + BACKWARDS and entries(trip.provider) == [300, 200, 100, -100, -200, -300]
-        and status == CANCELED,
-        f"{account(trip)}; status {name_of(status)}; 2 cancel calls accepted, {requests} in the history: "
-        f"the server {'drops' if requests == 1 else 'passes on'} the second",
-    )  # fmt: skip
-
-
-async def cancel_while_undoing(lab: Lab, workflow_class: Any, name: str, *arguments: Any) -> tuple[Trip, str]:
-    """A booking fails, and its first cancellation arrives while the hotel is being undone."""
-    trip = new_trip(lab, name, book_car="refused", undo_hotel="waits")
-    handle = await start_trip(lab, workflow_class, name, trip, *arguments)
-    await until(lambda: "undo hotel" in notes(trip.calls), "the hotel is being undone")
-    await handle.cancel(reason="took too long")
-    # Only go on once the workflow has been told: it has completed the task that brought the cancellation.
-    await until(lambda: told_of_cancel(handle), "the workflow knows that it is cancelled")
-    open_gate(trip.gate)
-    await ended(handle)
-    return trip, name_of(await status_of(handle))
-
-
-async def told_of_cancel(handle: WorkflowHandle[Any, Any]) -> bool:
-    kinds = await kinds_of(handle)
-    asked = "workflow_execution_cancel_requested_event_attributes"
-    return asked in kinds and "workflow_task_completed_event_attributes" in kinds[kinds.index(asked) :]
-
-
-async def shielded(lab: Lab) -> Evidence:
-    trip, status = await cancel_while_undoing(lab, TravelBooking, "shielded")
-    return holds(
-        "a booking that failed, cancelled while it is undone: the undoing is finished",
-        notes(trip.calls) == BOOK_ALL + BACKWARDS and entries(trip.provider) == [300, 200, -200, -300],
-        f"{account(trip)}; status {status}",
+        calls=equal(called(lab, seen.handle.id)[:6], [*ALL, "undo car", "undo hotel", "undo hotel"]),
+        last_call=equal(called(lab, seen.handle.id)[-1], "undo flight"),
+        books=equal([books.amounts(), usual_books.amounts()], [UNDONE, UNDONE]),
+        ended=equal([seen.ending.status, usual.ending.status], ["FAILED", "FAILED"]),
+        from_kill_to_end=figure(seen.seconds, "s"),
+        with_the_default_sticky_timeout_of_10_s=figure(usual.seconds, "s"),
     )
 
 
-async def unshielded(lab: Lab) -> Evidence:
-    (bare, bare_status), (plain, plain_status) = await asyncio.gather(
-        cancel_while_undoing(lab, Unshielded, "bare", False),
-        cancel_while_undoing(lab, Unshielded, "plain", True),
+async def take_over_at_hotel(lab: Lab, sticky: float) -> tuple[TakeOver, Books]:
+    name = f"killed-{sticky:.0f}"
+    travel, books = new_travel(lab, name)
+    gate = lab.gate(name)
+    seen = await lab.take_over(
+        TravelBooking.run,
+        Trip(lab.id + name, SERVICES),
+        name=name,
+        parts={
+            "workflows": [TravelBooking],
+            "activities": [travel.book, travel.undo],
+            "faults": [no_car, withhold("undo", gate, service="hotel")],
+            "shortened": {"undo": {"start_to_close_timeout": soon()}},
+            "sticky_queue_schedule_to_start_timeout": timedelta(seconds=sticky),
+        },
+        point=lambda: len(books.amounts()) == 3,
+        meanwhile=lambda: open_gate(gate),
     )
-    return control(
-        "undoing without a shield, or with a plain asyncio.shield(), is lost when a cancellation arrives",
-        all("undo flight" not in notes(trip.calls) and sum(entries(trip.provider)) >= 300 for trip in (bare, plain)),
-        f"without: {account(bare)}, {bare_status}; plain shield: {account(plain)}, {plain_status}",
-    )
-
-
-async def unknown_outcome(lab: Lab) -> tuple[Evidence, Evidence]:
-    """The car is booked, and the answer is lost. maximum_attempts=1: nobody asks again."""
-    before, after = new_trip(lab, "before", book_car="lost"), new_trip(lab, "after", book_car="lost")
-    await asyncio.gather(
-        ended(await start_trip(lab, TravelBooking, "before", before)),
-        ended(await start_trip(lab, RegisteredAfter, "after", after)),
-    )
-    return holds(
-        "a step that timed out, though it had its effect, is undone: its undoing was registered before it",
-        notes(before.calls) == BOOK_ALL + BACKWARDS
-        and entries(before.provider) == [300, 200, 100, -100, -200, -300],
-        account(before),
-    ), control(
-        "registered after the step, the undoing of a step that timed out is missing",
-        notes(after.calls) == BOOK_ALL + BACKWARDS[1:] and sum(entries(after.provider)) == PRICES["car"],
-        account(after),
-    )  # fmt: skip
-
-
-async def nothing_undone(lab: Lab) -> Evidence:
-    trip = new_trip(lab, "nothing", book_car="refused")
-    await ended(await start_trip(lab, NothingUndone, "nothing", trip))
-    return control(
-        "without compensation the failed booking leaves the books off balance",
-        notes(trip.calls) == BOOK_ALL and entries(trip.provider) == [300, 200],
-        account(trip),
-    )
+    return seen, books
 
 
 async def terminated(lab: Lab) -> Evidence:
-    trip = new_trip(lab, "terminated", book_car="waits")
-    handle = await start_trip(lab, TravelBooking, "terminated", trip)
-    await until(lambda: len(entries(trip.provider)) == 3, "the car is booked, but not confirmed")
-    await handle.terminate(reason="out of patience")
-    # Another booking fails and is undone meanwhile: time enough for an undoing of this one to show itself.
-    after = new_trip(lab, "successor", book_car="refused")
-    await ended(await start_trip(lab, TravelBooking, "successor", after))
-    status = await status_of(handle)
+    travel, books = new_travel(lab, "terminated")
+    queue = f"{lab.id}-terminated"
+    faults = [never_answer("book", service="car").of(queue)]
+    async with lab.worker([TravelBooking], [travel.book, travel.undo], task_queue=queue, faults=faults):
+        handle = await lab.start(TravelBooking.run, Trip("first", SERVICES), name="terminated", task_queue=queue)
+        await until(lambda: len(books.amounts()) == 3, "the car is booked, but not confirmed")
+        await handle.terminate(reason="out of patience")
+        # Another booking is made meanwhile: time enough for an undoing of this one to show itself.
+        after = await lab.start(TravelBooking.run, Trip("next", SERVICES), name="successor", task_queue=queue)
+        next_one = await ended(after)
     return limit(
         "a terminated workflow compensates nothing",
-        status == TERMINATED and notes(trip.calls) == BOOK_ALL and sum(entries(trip.provider)) == 600,
-        f"{account(trip)}; status {name_of(status)}; a booking begun after it was undone meanwhile: "
-        f"balance {sum(entries(after.provider))}",
+        calls=equal(called(lab, handle.id), ALL),
+        books=equal(books.amounts(), BOOKED * 2),
+        status=equal(name_of(await status_of(handle)), "TERMINATED"),
+        a_booking_begun_after_it=equal(next_one.status, "COMPLETED"),
     )
 
 
@@ -476,24 +619,19 @@ def no_saga_construct() -> Evidence:
     lines = sum(bool(line.strip()) for line in inspect.getsource(Saga).splitlines())
     return limit(
         "there is no saga construct: the pattern is the user's, here a helper to copy",
-        not found,
-        f"names with saga or compensat in temporalio.workflow, .worker, .client and the server's API: "
-        f"{', '.join(found) or 'none'}; the helper has {lines} lines",
         cap=3,
+        names_with_saga_or_compensat_in_the_SDK_and_the_API=equal(found, []),
+        lines_of_the_helper=lines,
     )
 
 
 @CP.item("CP-01", "Compensation, saga")
 async def compensation(lab: Lab) -> AsyncIterator[Evidence]:
     """Bookings fail, hang, are cancelled and killed; a provider outside Temporal keeps the books."""
-    parts = (
-        killed_while_undoing, unknown_outcome, third_step_fails, all_goes_well, nothing_undone, undoing_fails,
-        cancelled_twice, shielded, unshielded, terminated,
-    )  # fmt: skip
-    # The cancellation of a waiting booking is learnt from a heartbeat: do not hold these back for long.
-    often = timedelta(milliseconds=200)
-    async with lab.worker(BOOKINGS, [book, undo], max_heartbeat_throttle_interval=often):
-        async for evidence in side_by_side(*(part(lab) for part in parts)):
+    bench = Bench(lab)
+    others = (killed_while_undoing(lab), undoing_fails(lab), terminated(lab))
+    async with bench.open():
+        async for evidence in side_by_side(*(bench.try_case(*case) for case in CASES.items()), *others):
             yield evidence
     yield no_saga_construct()
 
@@ -606,17 +744,17 @@ async def reset_at_step_four(lab: Lab) -> tuple[Evidence, Evidence]:
     job = Job(lab.file("failed"), spare=lab.file("spare"), fails=4)
     anew = Job(lab.file("anew"), spare=job.spare, fails=4)
     handles = [await start_job(lab, "failed", job), await start_job(lab, "anew", anew)]
-    why = [await ended(handle) for handle in handles]
+    why = [await said(handle) for handle in handles]
     before = [notes(job.ledger), notes(anew.ledger)]
     Path(job.spare).touch()
     begun = time.monotonic()
     point = await task_before(handles[0], 4)
     resumed = await reset(lab.client, handles[0], point, "the spare part came")
-    result = await ended(resumed)
+    result = await said(resumed)
     seconds = time.monotonic() - begun
     # All but the start of the run and the workflow task that the reset broke off.
     old, new = [(await events_of(handle))[1 : point - 2] for handle in (handles[0], resumed)]
-    again = await ended(await start_job(lab, "anew", anew))
+    again = await said(await start_job(lab, "anew", anew))
     ran, ran_anew = notes(job.ledger)[4:], notes(anew.ledger)[4:]
     return works(
         "failed at step 4, reset there: steps 1 to 3 are not called again, and the run completes",
@@ -639,11 +777,11 @@ async def signals_reapplied(lab: Lab) -> tuple[Evidence, Evidence]:
     await until(lambda: journal_is(handle, ALL_STEPS[:4]), "four steps are taken")
     for text in ("a", "b"):
         await handle.signal(FiveSteps.remark, text)
-    await ended(handle)
+    await said(handle)
     old: list[str] = await handle.query(FiveSteps.written)
     Path(job.spare).touch()
     resumed = await reset(lab.client, handle, await task_before(handle, 4), "the spare part came")
-    await ended(resumed)
+    await said(resumed)
     new: list[str] = await resumed.query(FiveSteps.written)
     told = f"journal before the reset: {' '.join(old)}; after it: {' '.join(new)}"
     return holds(
@@ -668,13 +806,13 @@ async def bug_mended(lab: Lab) -> Evidence:
     ledger, queue = lab.file("bug"), f"{lab.id}-bug"
     handle = await start_job(lab, "bug", Job(ledger), queue)
     async with lab.worker([FiveStepsWithABug], [take_step], task_queue=queue):
-        why = await ended(handle)
+        why = await said(handle)
     event = str(await task_before(handle, 4))
     async with lab.worker([FiveSteps], [take_step], task_queue=queue):
         await by_cli(
             lab, "workflow", "reset", "--workflow-id", handle.id, "--event-id", event, "--reason", "bug mended"
         )  # fmt: skip
-        result = await ended(lab.client.get_workflow_handle(handle.id))
+        result = await said(lab.client.get_workflow_handle(handle.id))
     return holds(
         "with the bug in the workflow's code mended, a run that it spoilt is reset and completes",
         "no step 40" in why and result == str(ALL_STEPS)
@@ -701,7 +839,7 @@ async def bad_deployment(lab: Lab) -> Evidence:
         for handle in handles:
             for text in ("a", "b"):
                 await handle.signal(FiveSteps.remark, text)
-        spoilt = [await ended(handle) for handle in handles]
+        spoilt = [await said(handle) for handle in handles]
     query = f'WorkflowId STARTS_WITH "{queue}" AND ExecutionStatus = "Failed" AND BuildIds = "unversioned:bad"'
     await until(lambda: count_is(lab.client, query, BATCH), "the failed runs are listed")
     async with lab.worker([FiveSteps], [take_step], task_queue=queue, build_id="mended"):
@@ -711,7 +849,7 @@ async def bad_deployment(lab: Lab) -> Evidence:
         )  # fmt: skip
         after = [lab.client.get_workflow_handle(handle.id) for handle in handles]
         await until(lambda: all_are(after, COMPLETED), "all runs are completed")
-        results = [await ended(handle) for handle in after]
+        results = [await said(handle) for handle in after]
     calls = {" ".join(notes(job.ledger)) for job in jobs}
     return holds(
         f"{BATCH} runs spoilt by a bad build are reset by one command to where it took over, and complete",
@@ -738,10 +876,15 @@ async def partial_restart(lab: Lab) -> AsyncIterator[Evidence]:
         async for evidence in side_by_side(*(part(lab) for part in parts)):
             yield evidence
     yield native(
-        "reset is part of the server's API and of the command line; a workflow has no code for it",
-        WorkflowService.reset_workflow_execution,
-        WorkflowService.start_batch_operation,
-        "temporal workflow reset",
+        "reset is the server's (the command makes the call made here); a workflow has no code for it",
+        WorkflowHandle.fetch_history,
+        "temporal workflow reset --event-id",
+        adds=["finding the event at which a step began"],
+    )
+    yield native(
+        "a command takes all runs of a bad build back, where their worker was told its build",
+        "temporal workflow reset --query --type --build-id",
+        (Worker, "build_id"),
     )
 
 
@@ -879,7 +1022,7 @@ async def outcome(
     """Wait for the end of a run that somebody stepped into, and compare it with what should come of it."""
     begun = time.monotonic()
     handle = stuck.handle
-    how = await ended(handle)
+    how = await said(handle)
     seconds, seen = time.monotonic() - begun, (await handle.describe()).status
     return works(
         f"{operation} ends a stuck run as {status.name}",
@@ -978,10 +1121,10 @@ async def pause_activity(lab: Lab) -> Evidence:
     still, others = len(paused.calls) - before, len(other.calls) - other_before
     for delivery in (paused, other):
         Path(delivery.parcel.open_door).touch()
-    await ended(other.handle)
+    await said(other.handle)
     waiting = await status_of(paused.handle)
     await activity_cli(lab, "unpause", paused, "--identity", OPERATOR)
-    result = await ended(paused.handle)
+    result = await said(paused.handle)
     return holds(
         "pause stops the attempts of an activity, unpause lets it go on; meanwhile it says who paused it and why",
         still == 0 and waiting == RUNNING and result == "delivered at home" and len(paused.calls) == before + 1
@@ -1041,7 +1184,7 @@ async def pause_running_activity(lab: Lab) -> Evidence:
     await activity_cli(lab, "unpause", stuck)
     await until(lambda: len(stuck.calls) > calls, "the drive goes on")
     Path(parcel.open_door).touch()
-    result = await ended(handle)
+    result = await said(handle)
     steps = re.fullmatch(r"attempt 1 from 0; paused at (\d+); attempt \d+ from (\d+)", "; ".join(stuck.calls))
     return holds(
         "pause reaches an attempt that is under way, and unpause lets it go on from what it had heartbeat",
@@ -1058,7 +1201,7 @@ async def reset_activity(lab: Lab) -> Evidence:
     stuck = await start_delivery(lab, "activity-reset")
     Path(stuck.parcel.open_door).touch()
     await activity_cli(lab, "reset", stuck)
-    result = await ended(stuck.handle)
+    result = await said(stuck.handle)
     return holds(
         "reset of an activity tries it again at once, and counts its attempts anew",
         stuck.calls == [FIRST_CALL, FIRST_CALL] and result == "delivered at home",
@@ -1076,7 +1219,7 @@ async def new_options(lab: Lab) -> Evidence:
     await until(lambda: len(stuck.calls) >= 2, "the activity is tried again")
     again = time.monotonic() - begun
     Path(stuck.parcel.open_door).touch()
-    result = await ended(stuck.handle)
+    result = await said(stuck.handle)
     attempts = [f"home, attempt {number}" for number in range(1, len(stuck.calls) + 1)]
     return holds(
         "new options take effect in an activity that already waits: a retry due in an hour comes at once",
@@ -1096,7 +1239,7 @@ async def complete_by_hand(lab: Lab) -> Evidence:
     stuck = await start_delivery(lab, "by-hand")
     answer = "left with the neighbour"
     await activity_cli(lab, "complete", stuck, "--result", json.dumps(answer), "--identity", OPERATOR)
-    result = await ended(stuck.handle)
+    result = await said(stuck.handle)
     trace = await trace_of(stuck.handle, "complete", "activity_task_completed", "identity", "")
     return holds(
         "an activity is completed by hand with a result, and the history says by whom",
@@ -1109,7 +1252,7 @@ async def no_trace(lab: Lab) -> Evidence:
     """The histories of deliveries that were paused, reset and changed, beside that of one that just went well."""
     smooth = Parcel(lab.file("smooth"), lab.file("smooth.door"), address="office")
     handle = await lab.client.start_workflow(Delivery.run, smooth, id=f"{lab.id}-smooth", task_queue=lab.task_queue)
-    await ended(handle)
+    await said(handle)
     expected, alike = await kinds_of(handle), []
     for name in ("paused", "activity-reset", "activity-options"):
         touched = lab.client.get_workflow_handle(f"{lab.id}-{name}")
@@ -1138,7 +1281,8 @@ async def pause_workflow(lab: Lab) -> Evidence:
     if event != 1 or "look into it" not in shown.out:
         raise RuntimeError(f"the workflow was not paused: {shown.err or event}")
     return limit(
-        "on a paused workflow the Python client fails: it cannot describe it, nor list runs among which it is",
+        "on a paused workflow (experimental, and allowed here by a setting) the Python client fails: it cannot "
+        "describe it, nor list runs among which it is",
         all("not a valid WorkflowExecutionStatus" in error for error in errors),
         f"describe: {errors[0]}; list_workflows: {errors[1]}; the command line shows it as paused, and the history "
         f"has {event} event WORKFLOW_EXECUTION_PAUSED",
@@ -1179,20 +1323,23 @@ async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
         f"status {name_of(status)}, calls: {'; '.join(twin.calls)}; the next one is due {in_minutes(due)} later",
     )
     yield native(
-        "cancel, terminate, signal, update and reset need nothing but the run's id",
+        "cancel, terminate, signal and update need nothing but the run's id, a reset also an event of its history",
         WorkflowHandle.cancel,
         WorkflowHandle.terminate,
         WorkflowHandle.signal,
         WorkflowHandle.execute_update,
-        WorkflowService.reset_workflow_execution,
+        WorkflowHandle.fetch_history,
+        "temporal workflow reset --event-id",
     )
     yield native(
-        "the operations on a single activity need nothing but its id",
+        "the operations on a single activity need nothing but its id, and it hears of a pause by its heartbeat",
         "temporal activity complete",
         "temporal activity pause",
         "temporal activity unpause",
         "temporal activity reset",
         "temporal activity update-options",
+        activity.heartbeat,
+        activity.cancellation_details,
     )
 
 
@@ -1283,7 +1430,7 @@ async def dead_letters(client: Client, query: str) -> dict[str, str]:
         handle = client.get_workflow_handle(letter.id, run_id=letter.run_id)
         described = (await handle.describe()).raw_description
         if not described.workflow_extended_info.reset_run_id:
-            letters[letter.id] = await ended(handle)
+            letters[letter.id] = await said(handle)
     return letters
 
 
@@ -1323,7 +1470,7 @@ async def orders_with_poison(lab: Lab) -> list[Evidence]:
     shop, calls, query = lab.file("shop"), lab.file("calls"), failed_runs(lab)
     open_shop(shop, POISON)
     handles = [await start_order(lab, f"order-{number}", Order(number, shop, calls)) for number in ORDERS]
-    first = [await ended(handle) for handle in handles]
+    first = [await said(handle) for handle in handles]
     parked = parked_after_attempts(first, notes(calls))
     await until(lambda: count_is(lab.client, query, len(POISON)), "the failed runs are listed")
     letters = await dead_letters(lab.client, query)
@@ -1346,7 +1493,7 @@ async def driven_again(lab: Lab, shop: str, calls: str, latest: list[WorkflowHan
     ask_shop(shop, "DELETE FROM unknown_addresses")
     await drive_again(lab.client, query, "addresses mended")
     await until(lambda: all_are(latest, COMPLETED), "every order is completed")
-    results = [await ended(handle) for handle in latest]
+    results = [await said(handle) for handle in latest]
     left, once = await dead_letters(lab.client, query), pays_and_effects(shop, calls)
     again = await same_batch_again(lab, shop, calls, latest)
     twice = pays_and_effects(shop, calls)
@@ -1481,8 +1628,9 @@ async def dead_letter_items(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "the list, the limit of attempts and the batch are built in, and are enough",
         Client.list_workflows,
+        WorkflowHandle.describe,
         (RetryPolicy, "maximum_attempts"),
-        WorkflowService.start_batch_operation,
+        "temporal workflow reset --query --type",
         adds=["the filter for runs already driven again", "the key for effects"],
     )
     found = offered("dead_?letter|dlq", workflow, temporalio.client, temporalio.worker, WorkflowService)

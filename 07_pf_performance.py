@@ -7,7 +7,7 @@ outside Temporal by the activities themselves.
 """
 
 from common import HERE, Category, Evidence, Target, causes, connect, control, holds, limit, native, side_by_side, works
-from given import between
+from harness.given import between
 from lab import Lab, Server, count_events, name_of, note, notes, refusal, run, status_of, until
 
 import asyncio
@@ -562,6 +562,9 @@ async def step_latency(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.execute_local_activity,
         workflow.execute_activity,
         Worker,
+        WorkflowHandle.signal,
+        WorkflowHandle.query,
+        WorkflowHandle.execute_update,
     )
     yield await untuned(lab)
 
@@ -1604,13 +1607,17 @@ async def payload_size_limits(lab: Lab) -> AsyncIterator[Evidence]:
         "codecs are a place to plug one's own into, and no codec comes with the SDK",
         PayloadCodec,
         (DataConverter, "payload_codec"),
+        (DataConverter, "failure_converter_class"),
+        DefaultFailureConverterWithEncodedAttributes,
         (Worker, "disable_payload_error_limit"),
         adds=[Compression.__name__, Encryption.__name__],
     )
     storage = native(
         "external storage is part of the SDK, with drivers for S3 and Google Cloud Storage; one for a folder is not",
-        ExternalStorage,
+        (DataConverter, "external_storage"),
+        (ExternalStorage, "drivers"),
         StorageDriver,
+        StorageDriverClaim,
         adds=[FolderStorage.__name__],
     )
     yield storage

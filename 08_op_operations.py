@@ -460,7 +460,10 @@ async def deployment_model(lab: Lab) -> AsyncIterator[Evidence]:
         ClientConfig.load_client_connect_config,
         (Client.connect, "tls"),
         (Client.connect, "api_key"),
+        (TLSConfig, "server_root_ca_cert"),
+        (TLSConfig, "domain"),
         (TLSConfig, "client_cert"),
+        (TLSConfig, "client_private_key"),
         "temporal server start-dev",
     )
     said = await help_of("server", "start-dev")
@@ -1165,25 +1168,34 @@ async def management_api(lab: Lab) -> AsyncIterator[Evidence]:
         )
         async for evidence in side_by_side(*parts):
             yield evidence
-        service = server.client.workflow_service
         yield native(
             "all of it is the platform's: the workflow has no code for it, and the interfaces are the server's",
             Client.start_workflow,
+            (Client.start_workflow, "search_attributes"),
             Client.list_workflows,
             Client.count_workflows,
             WorkflowHandle.describe,
+            WorkflowHandle.fetch_history,
+            WorkflowHandle.result,
             WorkflowHandle.signal,
             WorkflowHandle.query,
             WorkflowHandle.execute_update,
             WorkflowHandle.cancel,
             WorkflowHandle.terminate,
-            type(service).reset_workflow_execution,
-            type(service).delete_workflow_execution,
-            type(service).start_batch_operation,
-            "temporal workflow start",
+            "temporal workflow start --fail-existing --id-conflict-policy",
+            "temporal workflow describe",
+            "temporal workflow list --query",
+            "temporal workflow count --query",
+            "temporal workflow signal --query",
+            "temporal batch describe",
+            "temporal workflow query",
             "temporal workflow update execute",
-            "temporal workflow reset",
+            "temporal workflow result",
+            "temporal workflow cancel",
+            "temporal workflow terminate --query",
+            "temporal workflow reset --event-id",
             "temporal workflow delete",
+            "temporal server start-dev --http-port",
         )
 
 
@@ -1380,8 +1392,10 @@ async def storage_backend(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield native(
         "keeping state, finding it again after a crash, and backing it up are the platform's own",
-        "temporal server start-dev",
-        Client.connect,
+        "temporal server start-dev --db-filename",
+        (Client.connect, "retry_config"),
+        RetryConfig,
+        WorkflowHandle.signal,
         Worker,
         adds=["the backup, by SQLite's own means"],
     )
@@ -1629,8 +1643,9 @@ async def scalability(lab: Lab) -> AsyncIterator[Evidence]:
         Worker,
         (Worker, "max_concurrent_activities"),
         (Worker, "tuner"),
-        (Worker, "activity_task_poller_behavior"),
         WorkerTuner.create_resource_based,
+        ResourceBasedSlotConfig,
+        (Worker, "activity_task_poller_behavior"),
         PollerBehaviorAutoscaling,
     )
     info = await lab.client.workflow_service.get_cluster_info(GetClusterInfoRequest())
@@ -1859,10 +1874,9 @@ async def retention(lab: Lab) -> AsyncIterator[Evidence]:
             async for evidence in side_by_side(*parts):
                 yield evidence
         yield native(
-            "retention is a property of the namespace, deletion a call; no job of the user's cleans up",
-            type(server.client.workflow_service).register_namespace,
-            type(server.client.workflow_service).delete_workflow_execution,
-            "temporal operator namespace create",
+            "retention is the namespace's, deletion a call (the commands make those made here); no job cleans up",
+            "temporal operator namespace create --retention",
+            "temporal operator namespace describe",
             "temporal workflow delete",
         )
 
@@ -2132,7 +2146,9 @@ async def high_availability(lab: Lab) -> AsyncIterator[Evidence]:
         Worker,
         Client.connect,
         workflow.execute_activity,
-        "temporal operator cluster upsert",
+        WorkflowHandle.signal,
+        "temporal server start-dev --db-filename",
+        adds=["the key that makes an effect single"],
     )
     yield cited(
         "replication between clusters: by configuration of self-hosted clusters (experimental), or as a feature of "
@@ -2388,9 +2404,13 @@ async def isolation(lab: Lab) -> AsyncIterator[Evidence]:
     for evidence in await noisy_neighbour(lab):
         yield evidence
     yield native(
-        "the namespace is an argument of the client, and its limits are settings of the server",
+        "the namespace is an argument of the client, and its limits are settings (each command makes a call made here)",
         (Client.connect, "namespace"),
-        "temporal operator namespace create",
+        (Client.start_workflow, "search_attributes"),
+        TypedSearchAttributes,
+        Client.count_workflows,
+        "temporal server start-dev --namespace --dynamic-config-value",
+        "temporal operator namespace create --retention",
         "temporal operator search-attribute create",
     )
     yield cited(

@@ -394,9 +394,11 @@ async def dashboard(lab: Lab) -> AsyncIterator[Evidence]:
         async for evidence in side_by_side(*parts):
             yield evidence
     yield native(
-        "the UI is part of the server's command; the codec is a parameter of the client",
-        "temporal server start-dev",
+        "the UI is part of the server's command; the codec is a parameter of the client, and built here",
+        "temporal server start-dev --ui-port --ui-codec-endpoint",
         (DataConverter, "payload_codec"),
+        PayloadCodec,
+        adds=[Encryption.__name__, f"{serve_codec.__name__}(), the codec server"],
     )
 
 
@@ -686,11 +688,16 @@ async def metrics(lab: Lab) -> AsyncIterator[Evidence]:
         async for evidence in side_by_side(*(part(lab, place) for part in (counts, slots, schedule_to_start))):
             yield evidence
     yield native(
-        "switched on by a setting of the runtime; workflow code counts through the SDK's meter",
-        PrometheusConfig,
+        "switched on by a setting of runtime and server; workflow code counts through the SDK's meter",
+        (Client.connect, "runtime"),
+        (Runtime, "telemetry"),
         (TelemetryConfig, "metrics"),
+        (PrometheusConfig, "bind_address"),
+        (PrometheusConfig, "durations_as_seconds"),
         workflow.metric_meter,
-        activity.metric_meter,
+        (ApplicationError, "category"),
+        ApplicationErrorCategory.BENIGN,
+        "temporal server start-dev --metrics-port",
     )
 
 
@@ -995,9 +1002,13 @@ async def history_visualisation(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "the history is there for every run, for client and command line; the drawing in a terminal is built here",
         WorkflowHandle.fetch_history,
+        WorkflowHistory.from_json,
         WorkflowHistory.to_json,
         WorkflowHandle.describe,
+        (workflow.execute_activity, "summary"),
+        (workflow.execute_child_workflow, "static_summary"),
         "temporal workflow show",
+        "temporal workflow describe",
         adds=[f"{timeline.__name__}(), {len(inspect.getsourcelines(timeline)[0])} lines (the Web UI draws its own)"],
     )
 
@@ -1344,7 +1355,8 @@ async def opentelemetry(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield native(
         "one plugin on the client, and a tracer provider that knows of replay",
-        OpenTelemetryPlugin,
+        (Client.connect, "plugins"),
+        (OpenTelemetryPlugin, "add_temporal_spans"),
         create_tracer_provider,
     )
 
@@ -1735,8 +1747,10 @@ async def alerts(lab: Lab) -> AsyncIterator[Evidence]:
     rules = RULES.read_text(encoding="utf-8").count("- alert:")
     yield native(
         "the numbers are in the metrics; the rules are not",
+        (Client.connect, "runtime"),
         (TelemetryConfig, "metrics"),
         PrometheusConfig,
+        "temporal server start-dev --metrics-port",
         adds=[f"{rules} rules for Prometheus"],
     )
 
@@ -1939,10 +1953,12 @@ async def logs(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield native(
         "ids and silence under replay are the SDK's loggers' own; the form of a line is built here",
+        (TelemetryConfig, "logging"),
+        (LoggingConfig, "filter"),
         (LoggingConfig, "forwarding"),
-        LogForwardingConfig,
-        type(workflow.logger),
-        type(activity.logger),
+        (LogForwardingConfig, "append_log_fields_to_message"),
+        workflow.LoggerAdapter,
+        activity.LoggerAdapter,
         adds=[f"{JsonLines.__name__}, a formatter of {len(inspect.getsourcelines(JsonLines)[0])} lines"],
     )
 

@@ -22,6 +22,7 @@ from common import (
     side_by_side,
     works,
 )
+from harness.settings import CLI_ALONE, cli_environment
 from lab import (
     Child,
     Lab,
@@ -40,7 +41,6 @@ from lab import (
     status_of,
     until,
 )
-from settings import CLI_ALONE, cli_environment
 
 import ast
 import asyncio
@@ -84,6 +84,7 @@ from temporalio.client import (
     Schedule,
     ScheduleActionStartWorkflow,
     ScheduleSpec,
+    WorkflowExecutionAsyncIterator,
     WorkflowExecutionStatus,
     WorkflowFailureError,
     WorkflowHandle,
@@ -91,7 +92,7 @@ from temporalio.client import (
 )
 from temporalio.common import RetryPolicy
 from temporalio.contrib.pydantic import PydanticPayloadConverter, pydantic_data_converter
-from temporalio.converter import DataConverter, PayloadCodec
+from temporalio.converter import DataConverter, DefaultPayloadConverter, PayloadCodec
 from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflowError
 from temporalio.plugin import SimplePlugin
 from temporalio.service import RPCError
@@ -589,10 +590,19 @@ async def sdk_design(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "typed calls, pydantic models, interceptors and plugins belong to the SDK",
         workflow.execute_activity,
+        workflow.execute_child_workflow,
         Client.start_workflow,
+        WorkflowHandle.signal,
+        WorkflowHandle.query,
+        WorkflowHandle.execute_update,
+        (Client.connect, "data_converter"),
         PydanticPayloadConverter,
+        (Worker, "interceptors"),
         Interceptor,
-        SimplePlugin,
+        ActivityInboundInterceptor,
+        (Client.connect, "plugins"),
+        (SimplePlugin, "data_converter"),
+        (SimplePlugin, "interceptors"),
     )
 
 
@@ -860,13 +870,15 @@ async def language_support(lab: Lab) -> AsyncIterator[Evidence]:
         async for evidence in side_by_side(*parts):
             yield evidence
     yield native(
-        "other languages' clients and a JSON data converter are there without any setting",
+        "other languages' clients and a JSON data converter are there without any setting, the HTTP API by a flag",
         "temporal workflow start",
         "temporal workflow signal",
         "temporal workflow query",
         "temporal workflow update execute",
         "temporal workflow result",
+        "temporal server start-dev --http-port",
         DataConverter,
+        DefaultPayloadConverter,
     )
     yield cited(
         "SDKs for Java, .NET, Ruby and PHP exist besides Python, Go and TypeScript",
@@ -1148,9 +1160,10 @@ async def local_development(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield native(
         "the local server is one command, and debugging is a setting of the worker",
-        "temporal server start-dev",
+        "temporal server start-dev --headless --ip --port --db-filename",
+        Client.connect,
+        Worker,
         (Worker, "debug_mode"),
-        WorkflowEnvironment.start_local,
     )
 
 
@@ -1393,7 +1406,9 @@ async def testing(lab: Lab) -> AsyncIterator[Evidence]:
         WorkflowEnvironment.start_time_skipping,
         ActivityEnvironment,
         ActivityEnvironment.run,
+        ActivityEnvironment.cancel,
     )
+    yield native("time is skipped on the full server too", WorkflowEnvironment.start_time_skipping_v2)
 
 
 # DX-05 Errors and debugging --------------------------------------------------------------------------
@@ -1785,7 +1800,6 @@ def plain_worker(lab: Lab, setting: Setting, queue: str) -> Worker:
         workflows=[serves],
         activities=setting.activities,
         workflow_runner=sandbox(),
-        build_id="evaluation",
     )
 
 
@@ -1991,11 +2005,14 @@ async def errors_and_debugging(lab: Lab) -> AsyncIterator[Evidence]:
         yield evidence
     yield native(
         "messages, stack traces and cause chains come with the platform",
+        (ApplicationError, "type"),
         ActivityError,
         ChildWorkflowError,
         WorkflowFailureError,
         WorkflowHandle.query,
+        WorkflowHandle.fetch_history,
         "temporal workflow stack",
+        "temporal task-queue describe",
     )
 
 
@@ -2356,8 +2373,8 @@ class StopsToLook:
 
 
 def make_replayer(code: type, **options: Any) -> Replayer:
-    """A Replayer with the harness passed through the sandbox, and a build id, which would take time to compute."""
-    return Replayer(workflows=[code], workflow_runner=sandbox(), build_id="evaluation", **options)
+    """A Replayer with the harness passed through the sandbox."""
+    return Replayer(workflows=[code], workflow_runner=sandbox(), **options)
 
 
 async def replay_json(code: type, id: str, file: str) -> str:
@@ -2572,10 +2589,15 @@ async def local_replay(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "exporting and replaying belong to the command line and the SDK",
         "temporal workflow show",
-        WorkflowHistory.from_json,
-        Replayer,
-        Replayer.workflow_replay_iterator,
         WorkflowHandle.fetch_history,
+        WorkflowHistory.to_json,
+        WorkflowHistory.from_json,
+        Client.list_workflows,
+        WorkflowExecutionAsyncIterator.map_histories,
+        Replayer,
+        (Replayer, "debug_mode"),
+        Replayer.replay_workflow,
+        Replayer.workflow_replay_iterator,
     )
 
 

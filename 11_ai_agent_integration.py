@@ -64,6 +64,7 @@ from typing import TYPE_CHECKING, Any
 
 from temporalio import activity, workflow
 from temporalio.client import (
+    Client,
     WorkflowExecutionStatus,
     WorkflowFailureError,
     WorkflowHandle,
@@ -629,6 +630,9 @@ async def call_as_activity(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "remembering answers and retrying are the SDK's; telling hopeless errors from others is the user's",
         workflow.execute_activity,
+        (workflow.execute_activity, "retry_policy"),
+        (workflow.execute_activity, "heartbeat_timeout"),
+        activity.heartbeat,
         (ApplicationError, "next_retry_delay"),
         (ApplicationError, "non_retryable"),
         adds=keywords_in([ask], "except"),
@@ -946,7 +950,9 @@ async def non_determinism(lab: Lab) -> AsyncIterator[Evidence]:
         "recorded decisions and guarded changes are the SDK's; validating answers is the user's",
         workflow.execute_activity,
         workflow.patched,
-        Replayer,
+        workflow.NondeterminismError,
+        Replayer.replay_workflow,
+        WorkflowHandle.fetch_history,
         adds=keywords_in([Extract], "except"),
     )
 
@@ -1221,7 +1227,10 @@ async def human_in_the_loop(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.update,
         workflow.signal,
         (workflow.wait_condition, "timeout"),
+        WorkflowHandle.signal,
         (WorkflowHandle.execute_update, "id"),
+        WorkflowUpdateFailedError,
+        WorkflowUpdateRPCTimeoutOrCancelledError,
     )
 
 
@@ -1479,8 +1488,11 @@ async def streaming(lab: Lab) -> AsyncIterator[Evidence]:
     yield native(
         "the stream is the SDK's; the marker for a new attempt is the user's",
         WorkflowStream,
-        WorkflowStreamClient,
+        WorkflowStreamClient.create,
+        WorkflowStreamClient.from_within_activity,
+        WorkflowStreamClient.topic,
         WorkflowStreamClient.subscribe,
+        workflow.init,
         adds=["a marker for a new attempt"],
     )
 
@@ -1633,10 +1645,15 @@ def look_up_plugin(file: str) -> None:
 
     evidence = native(
         "the plugin is generally available, and the agent needs no line for its recovery",
-        OpenAIAgentsPlugin,
+        (Client.connect, "plugins"),
+        (OpenAIAgentsPlugin, "model_params"),
         (OpenAIAgentsPlugin, "model_provider"),
-        ModelActivityParameters,
+        (ModelActivityParameters, "start_to_close_timeout"),
+        (ModelActivityParameters, "retry_policy"),
         activity_as_tool,
+        workflow.execute_activity_method,
+        activity.heartbeat,
+        workflow.unsafe.imports_passed_through,
         adds=keywords_in([AgentShopping, shopper], "try", "except"),
     )
     note(file, json.dumps(asdict(evidence)))
@@ -2225,10 +2242,17 @@ async def tool_execution(lab: Lab) -> AsyncIterator[Evidence]:
         async for evidence in side_by_side(*(part(lab, model) for part in parts)):
             yield evidence
     yield native(
-        "patience, retries and heartbeats of tools are the SDK's; the loop, its budget and its errors are the user's",
-        workflow.execute_activity,
+        "patience, retries, heartbeats and stopping of tools are the SDK's; the loop of the agent, its budget and its "
+        "errors were written here (a framework's plugin, as in AI-05, brings the loop)",
+        (workflow.execute_activity, "start_to_close_timeout"),
+        (workflow.execute_activity, "heartbeat_timeout"),
+        (workflow.execute_activity, "retry_policy"),
         (RetryPolicy, "maximum_attempts"),
+        workflow.ActivityConfig,
+        workflow.signal,
+        workflow.wait_condition,
         activity.heartbeat,
+        (activity.Info, "heartbeat_details"),
         adds=["the loop", "the budget", *keywords_in([ToolLoop], "except")],
     )
 

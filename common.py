@@ -1,11 +1,14 @@
-"""What every numbered script stands on, in the order in which data meets it.
-
-1. Settings and connection    which Temporal server is evaluated, and how it is reached: settings.py has them
-2. Evidence and judge         what was seen, and the stars that follow from it
-3. Running and output         items side by side, terminal, JSON, exit status
+"""What every numbered script stands on: evidence, and running and output.
 
 A script declares a `Category`, decorates one async generator per item, and calls `run(category)` of lab.py,
 which has what an item works with: servers, workers, a ledger. This file knows nothing of any category.
+
+    settings and connection, secrets       harness/settings.py
+    evidence, facts and the judge          harness/evidence.py
+    release stages of APIs                 harness/stages.py
+    lessons that can be copied             harness/lesson.py
+    speed of the machine                   harness/machine.py
+    running and output                     here
 """
 
 import signal
@@ -17,17 +20,52 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
     # at once instead of printing a traceback from the middle of an import. Nothing is running yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from given import refusal
-
-# What scripts and lab.py take from here is passed on.
-from settings import HERE as HERE
-from settings import NotRun as NotRun
-from settings import Target as Target
-from settings import Unusable as Unusable
-from settings import cli_environment, load_settings, mask_streams, masked, masked_all, name_profile
-from settings import connect as connect
-from settings import find_cli as find_cli
-from settings import redacted as redacted
+from harness.evidence import (
+    LABELS,
+    SCHEMA,
+    STAR_NEEDING,
+    Evidence,
+    Fact,
+    Kind,
+    Spread,
+    Verdict,
+    at_least,
+    at_most,
+    between,
+    cited,
+    contains,
+    control,
+    differs,
+    equal,
+    figure,
+    holds,
+    judge,
+    lacks,
+    limit,
+    native,
+    not_run,
+    one_of,
+    words,
+    works,
+)
+from harness.given import refusal
+from harness.lesson import copy_of, lessons_of
+from harness.machine import Room, Ticker, leave, slowness
+from harness.settings import (
+    HERE,
+    NotRun,
+    Target,
+    Unusable,
+    connect,
+    find_cli,
+    load_settings,
+    mask_streams,
+    masked,
+    masked_all,
+    name_profile,
+    redacted,
+    sdk_version,
+)
 
 import argparse
 import asyncio
@@ -39,15 +77,15 @@ import io
 import json
 import logging
 import os
-import re
 import secrets
-import subprocess
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NoReturn, ParamSpec, Protocol, TextIO, get_args
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, Protocol, TextIO, get_args
 
+import pydantic_core
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -55,198 +93,50 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-# 1. Settings and connection: see settings.py --------------------------------------------------------
-
-
-def leave(code: int) -> NoReturn:
-    """End this process now.
-
-    With SDK 1.35 the interpreter sometimes aborts while it tears itself down after a correct run
-    (PyGILState_Release, status 134 or 139), so it is not given the chance.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(code)
+# What scripts, lab.py and cluster.py take from here though it stands elsewhere.
+__all__ = [
+    "HERE",
+    "LABELS",
+    "STAR_NEEDING",
+    "Evidence",
+    "Fact",
+    "NotRun",
+    "Spread",
+    "Target",
+    "Unusable",
+    "Verdict",
+    "at_least",
+    "at_most",
+    "between",
+    "cited",
+    "connect",
+    "contains",
+    "control",
+    "differs",
+    "equal",
+    "figure",
+    "find_cli",
+    "holds",
+    "judge",
+    "lacks",
+    "leave",
+    "limit",
+    "load_settings",
+    "native",
+    "not_run",
+    "one_of",
+    "redacted",
+    "sdk_version",
+    "slowness",
+    "words",
+    "works",
+]  # fmt: skip
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
     """An error and its chain of causes, outermost first; empty for None."""
     return [error, *causes(error.__cause__)] if error else []
 
-
-# 2. Evidence and judge -------------------------------------------------------------------------------
-
-Kind = Literal["works", "holds", "native", "control", "limit", "cited"]
-Stage = Literal["GA", "preview", "experimental", "deprecated", "missing"]
-STAGES: tuple[Stage, ...] = ("GA", "preview", "experimental", "deprecated", "missing")
-STAR_NEEDING: Mapping[Kind, int] = {"works": 3, "holds": 4, "native": 5, "limit": 5}
-LABELS = {1: "unsupported", 2: "experimental", 3: "PoC", 4: "production-ready", 5: "recommended"}
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One thing that was looked at: a claim in plain words, whether it held, and what was measured.
-
-    `held` None means it was not run; `measured` then says why. For a limit, `held` means it was seen.
-    """
-
-    kind: Kind
-    claim: str
-    held: bool | None
-    measured: str
-    cap: int = 5
-    stage: Stage | None = None
-
-
-def works(claim: str, held: bool | None = None, measured: str = "") -> Evidence:
-    """Does the main case work? Needed for three stars."""
-    return Evidence("works", claim, held, measured)
-
-
-def holds(claim: str, held: bool | None = None, measured: str = "") -> Evidence:
-    """Does it hold at the edges: faults, kills, races, bad input? Needed for four stars."""
-    return Evidence("holds", claim, held, measured)
-
-
-def control(claim: str, held: bool | None = None, measured: str = "") -> Evidence:
-    """Does the failure appear when the feature is left out? If not, the item is inconclusive."""
-    return Evidence("control", claim, held, measured)
-
-
-def limit(claim: str, seen: bool | None = None, measured: str = "", cap: int = 4) -> Evidence:
-    """Is this known limitation there? If seen, it caps the stars at 4, or at 3 where users must build it."""
-    return Evidence("limit", claim, seen, measured, cap=cap)
-
-
-def cited(claim: str, source: str) -> Evidence:
-    """What a source says that cannot be run here. Shown, and never earns a star."""
-    return Evidence("cited", claim, None, source)
-
-
-Api = str | tuple[Any, str] | Any
-
-
-def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
-    """Is it built in, generally available, and enough by itself? Needed for five stars.
-
-    `apis` are what the demonstration uses: SDK objects, pairs of an SDK callable and a parameter's name,
-    or a command line such as "temporal workflow reset". Each is looked up on the running platform: it
-    must be there, belong to the SDK or the server, and carry no experimental or preview notice in its
-    docstring or --help. `adds` lists what the demonstration had to build itself; it must be empty.
-    """
-    if sys.flags.optimize > 1:
-        return Evidence("native", claim, None, "Python runs without docstrings (-OO), so no notice could be read")
-    stages = {_api_name(api): _api_stage(api) for api in apis}
-    worst = max(stages.values(), key=STAGES.index)
-    found = ", ".join(f"{name}: {stage}" for name, stage in stages.items())
-    held = worst == "GA" and not adds
-    measured = f"{found}; built by the demonstration: {', '.join(adds) or 'nothing'}"
-    return Evidence("native", claim, held, measured, stage=worst)
-
-
-def _api_name(api: Api) -> str:
-    if isinstance(api, str):
-        return api
-    if isinstance(api, tuple):
-        return f"{_api_name(api[0])}({api[1]})"
-    return f"{api.__module__.split('._')[0].removeprefix('temporalio.')}.{api.__qualname__}"
-
-
-def _api_stage(api: Api) -> Stage:
-    if isinstance(api, str):
-        return _command_stage(api)
-    thing, parameter = api if isinstance(api, tuple) else (api, None)
-    if not thing.__module__.startswith("temporalio."):
-        return "missing"
-    text = inspect.getdoc(thing.__init__ if parameter and inspect.isclass(thing) else thing) or ""
-    whole, _, arguments = text.partition("Args:")
-    if parameter is None:
-        return _stage(whole)
-    if parameter not in inspect.signature(thing).parameters:
-        return "missing"
-    described = re.search(rf"^ *{parameter}: .*(\n(?! *\w+: ).*)*", arguments, re.MULTILINE)
-    return max(_stage(whole), _stage(described.group() if described else ""), key=STAGES.index)
-
-
-@functools.cache
-def _command_stage(command: str) -> Stage:
-    """The stage that `temporal ... --help` claims for a command."""
-    cli = find_cli()
-    if cli is None:
-        return "missing"
-    asked = [cli, *command.split()[1:], "--help"]
-    environment = cli_environment(Target(""))
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False, env=environment)
-    usage = re.search(r"Usage:\s+(.+)", done.stdout)
-    there = done.returncode == 0 and usage is not None and usage.group(1).startswith(command)
-    return _stage(done.stdout.split("Usage:")[0]) if there else "missing"
-
-
-def _stage(notice: str) -> Stage:
-    if re.search(r"(?i)\bexperimental\b", notice):
-        return "experimental"
-    if re.search(r"(?i)\b(public|pre-release|in) preview\b|\bpre-release\b", notice):
-        return "preview"
-    # Not any "deprecated": the docstring of deprecate_patch speaks of what it does.
-    return "deprecated" if re.search(r"(?i)\.\. deprecated|\bis deprecated\b|^deprecated\b", notice) else "GA"
-
-
-Outcome = Literal["judged", "inconclusive", "not_run"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an item's evidence amounts to. `stars` is 1 to 5 when judged, else None; `reason` says why."""
-
-    outcome: Outcome
-    stars: int | None
-    reason: str
-    stage: Stage | None = None
-
-
-def judge(evidence: Sequence[Evidence], trouble: str | None = None) -> Verdict:
-    """The stars that follow from the evidence. Nothing else sets a star.
-
-    1 no `works` held, 2 some did, 3 all did, 4 and every `holds`, 5 and every `native` and no `limit` seen.
-    A star needs evidence of its kind: without a `holds` there is no fourth, without a `native` no fifth.
-    What was not run earns nothing, and a limit that was not looked at counts as seen. `trouble`
-    (an exception, a timeout) and a failed control make it inconclusive.
-    """
-    of: dict[str, list[Evidence]] = {kind: [one for one in evidence if one.kind == kind] for kind in STAR_NEEDING}
-    controls = [one for one in evidence if one.kind == "control"]
-    stage = max((one.stage for one in of["native"] if one.stage), key=STAGES.index, default=None)
-    if trouble:
-        return Verdict("inconclusive", None, trouble, stage)
-    for one in controls:
-        if one.held is False:
-            return Verdict("inconclusive", None, f"the control failed, so nothing is proven: {one.claim}", stage)
-    for kind, some in (("works", of["works"]), ("control", controls)):
-        if not some:
-            return Verdict("inconclusive", None, f"there is no {kind} evidence", stage)
-        if all(one.held is None for one in some):
-            return Verdict("not_run", None, f"no {kind} evidence could be run: {some[0].measured}", stage)
-    stars, reason = _earned(of)
-    for one in of["limit"]:
-        if one.held is not False and one.cap < stars:
-            stars, reason = one.cap, f"limit {'seen' if one.held else 'not looked at'}: {one.claim}"
-    return Verdict("judged", stars, reason, stage)
-
-
-def _earned(of: Mapping[str, Sequence[Evidence]]) -> tuple[int, str]:
-    """(stars, reason) before limits."""
-    if not any(one.held for one in of["works"]):
-        return 1, f"not shown to work: {of['works'][0].claim}"
-    for kind, stars in (("works", 2), ("holds", 3), ("native", 4)):
-        for one in of[kind]:
-            if not one.held:
-                return stars, f"{'failed' if one.held is False else 'not run'} ({kind}): {one.claim}"
-        if not of[kind]:
-            return stars, f"there is no {kind} evidence"
-    return 5, "everything held, no limit seen"
-
-
-# 3. Running and output -------------------------------------------------------------------------------
 
 SIDE_BY_SIDE = 2 * (os.cpu_count() or 1)  # items at a time: they wait more than they compute
 Demonstration = Callable[[Any], AsyncIterator[Evidence]]  # it is given a Lab
@@ -260,7 +150,8 @@ class Item:
     title: str
     demonstrate: Demonstration
     fail_closed: bool = False
-    seconds: float = 90  # bound; a demonstration that takes longer is inconclusive
+    seconds: float = 90  # bound on a quick machine; a demonstration that takes longer is inconclusive
+    alone: bool = False  # its evidence is a duration, so that nothing else runs beside it
 
 
 class Category:
@@ -278,22 +169,19 @@ class Category:
         self.items: list[Item] = []
 
     def item(
-        self, id: str, title: str, *, fail_closed: bool = False, seconds: float = 90
+        self, id: str, title: str, *, fail_closed: bool = False, seconds: float = 90, alone: bool = False
     ) -> Callable[[Demonstration], Demonstration]:
-        """Register an async generator of evidence. `fail_closed`: below four stars it caps the overall rating."""
+        """Register an async generator of evidence.
+
+        `fail_closed`: below four stars it caps the overall rating. `seconds`: its bound on a quick machine.
+        `alone`: its evidence is a duration, so that no other item, of any script, may run beside it.
+        """
 
         def register(demonstrate: Demonstration) -> Demonstration:
-            self.items.append(Item(id, title, demonstrate, fail_closed, seconds))
+            self.items.append(Item(id, title, demonstrate, fail_closed, seconds, alone))
             return demonstrate
 
         return register
-
-
-def sdk_version() -> str:
-    """The version of the installed Python SDK."""
-    import importlib.metadata
-
-    return importlib.metadata.version("temporalio")
 
 
 @dataclass(frozen=True)
@@ -308,7 +196,13 @@ class Result:
     def as_json(self) -> dict[str, Any]:
         """One entry of "items" in the JSON file."""
         evidence = [
-            {key: value for key, value in asdict(one).items() if key in ("kind", "claim", "held", "measured")}
+            {
+                "kind": one.kind,
+                "claim": one.claim,
+                "held": one.held,
+                "measured": redacted(one.measured),
+                "facts": [fact_as_json(name, fact) for name, fact in one.facts.items()],
+            }
             for one in self.evidence
         ]
         return {
@@ -329,6 +223,12 @@ class Result:
         if self.item.fail_closed:
             return (self.verdict.stars or 0) >= 4
         return self.verdict.outcome != "inconclusive"
+
+
+def fact_as_json(name: str, fact: Fact) -> dict[str, Any]:
+    """One entry of "facts" in the JSON file."""
+    measured = pydantic_core.to_jsonable_python(fact.measured, fallback=words, inf_nan_mode="strings")
+    return {"name": name, "measured": measured, "expected": fact.expected, "held": fact.held}
 
 
 P = ParamSpec("P")
@@ -426,7 +326,7 @@ class Session(Protocol):
         """End every process of ours."""
 
 
-async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence], None]) -> Result:
+async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence], None], ticker: Ticker) -> Result:
     """Run one demonstration within its bound; whatever it does, there is a result."""
     evidence: list[Evidence] = []
 
@@ -438,27 +338,30 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
 
     begun = time.monotonic()
     task = asyncio.create_task(gather())
-    hindered = await finished_or_hindered(task, item, session)
-    if task.done() and not hindered:
-        verdict = verdict_of(evidence, task.exception())
-    elif hindered:
+    bound = item.seconds * slowness()
+    hindered = await finished_or_hindered(task, item, session, bound)
+    if hindered:
         verdict = Verdict("not_run", None, hindered)
         task.cancel()
         await asyncio.wait({task}, timeout=10)
+    elif task.done():
+        lost = any(one.held is False for one in evidence)
+        starved = await asyncio.to_thread(ticker.starved_since, begun) if lost else None
+        verdict = verdict_of(evidence, task.exception(), starved)
     else:
-        verdict = judge(evidence, f"no end within {item.seconds:g} s, after {len(evidence)} pieces of evidence")
+        verdict = judge(evidence, f"no end within {bound:.0f} s, after {len(evidence)} pieces of evidence")
         task.cancel()
         await asyncio.wait({task}, timeout=10)  # its processes end with the session if it does not end now
     evidence.sort(key=lambda one: get_args(Kind).index(one.kind))  # as a reader asks; it came as it came
     return Result(item, verdict, evidence, time.monotonic() - begun)
 
 
-async def finished_or_hindered(task: "asyncio.Task[None]", item: Item, session: Session) -> str | None:
-    """Wait for an item's end, within its bound. Returns the server's limit that keeps it from going on, if one does.
+async def finished_or_hindered(task: "asyncio.Task[None]", item: Item, session: Session, seconds: float) -> str | None:
+    """Wait for an item's end, so many seconds. Returns the server's limit that keeps it from going on, if one does.
 
     What is seen once may pass; it counts when it is seen again, or when the item has failed meanwhile.
     """
-    deadline, before = time.monotonic() + item.seconds, None
+    deadline, before = time.monotonic() + seconds, None
     while not task.done() and time.monotonic() < deadline:
         await asyncio.wait({task}, timeout=min(5, max(deadline - time.monotonic(), 0)))
         failed = task.done() and task.exception() is not None and refusal(task.exception()) is None
@@ -471,7 +374,7 @@ async def finished_or_hindered(task: "asyncio.Task[None]", item: Item, session: 
     return None
 
 
-def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Verdict:
+def verdict_of(evidence: Sequence[Evidence], error: BaseException | None, starved: str | None) -> Verdict:
     """judge(), for a demonstration that ended with `error` or without."""
     if why := refusal(error):
         return Verdict("not_run", None, why)
@@ -479,7 +382,7 @@ def verdict_of(evidence: Sequence[Evidence], error: BaseException | None) -> Ver
         raise error
     if error is not None:
         logging.getLogger("evaluation").error("a demonstration failed", exc_info=error)
-    return judge(evidence, describe_error(error) if error else None)
+    return judge(evidence, describe_error(error) if error else None, starved)
 
 
 def describe_error(error: BaseException) -> str:
@@ -510,10 +413,10 @@ class Screen:
         facts = session.environment
         self.line(f"{self.category.id}  {self.category.title}", "bold")
         self.line(self.category.question, "italic")
-        where = f"{facts['where']} {session.address}, Temporal {facts['server']}; SDK {facts['sdk']}"
-        self.line(f"{where}, Python {facts['python']}, {facts['cpus']} cores; seed {session.seed}", "dim")
-        for remark in session.remarks:
-            self.line(remark, "dim")
+        where = f"{facts['where']} {session.address}, Temporal {facts['server']}"
+        with_what = f"SDK {facts['sdk']}, Python {facts['python']}, {facts['cpus']} cores"
+        speed = f"{facts['speed']:.1f} times as slow as the reference machine"
+        self.line(f"{where}; {with_what}, {speed}; seed {session.seed}", "dim")
         if self._live:
             self._live.start()
 
@@ -660,7 +563,11 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     """The command line of a numbered script. Exits with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=f"{category.id}, {category.title}: {category.question}")
     parser.add_argument("items", nargs="*", metavar="ITEM", help="run only these, such as " + category.items[0].id)
+    parser.add_argument("--list", action="store_true", help="name the items, and whether their lessons can be copied")
+    parser.add_argument("--copy", metavar="ITEM", help="write the lesson of ITEM as a file that runs on its own")
     parser.add_argument("--json", metavar="FILE", help="write the verdicts and their evidence to FILE")
+    parser.add_argument("--against", metavar="RUN", help="say what differs from a recorded run: a folder or a file")
+    parser.add_argument("--accept", action="store_true", help="with --against: write this run in its place")
     parser.add_argument("--keep-open", action="store_true", help="leave the embedded server and its Web UI up")
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
@@ -670,14 +577,53 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     options = parser.parse_args(arguments)
     known = {item.id: item for item in category.items}
-    wrong = [name for name in options.items if name.upper() not in known]
+    asked = [*options.items, *([options.copy] if options.copy else [])]
+    wrong = [name for name in asked if name.upper() not in known]
     if wrong:
         raise Unusable(f"There is no item {', '.join(wrong)} here: choose from {', '.join(known)}.")
     asked = [name.upper() for name in options.items]
     options.chosen = [item for item in category.items if not asked or item.id in asked]
     for option in ("json", "log"):
         check_writable(option, getattr(options, option))
+    check_baseline(options.against, options.accept)
     return options
+
+
+def script_of(category: Category) -> Path:
+    """The script that declares a category."""
+    return Path(inspect.getsourcefile(category.items[0].demonstrate) or sys.argv[0])
+
+
+def listing(category: Category) -> str:
+    """A line an item: its id, its title, how it is run, and how long the lesson is that --copy writes."""
+    path = script_of(category)
+    lessons = lessons_of(path.read_text(encoding="utf-8"))
+    lines = []
+    for item in category.items:
+        lesson = lessons.get(item.id)
+        notes = ["fail-closed"] if item.fail_closed else []
+        notes += ["runs alone"] if item.alone else []
+        notes += [f"lesson of {lesson.last - lesson.first + 1} lines"] if lesson and lesson.example else []
+        lines.append(f"{item.id}  {item.title}" + (f" ({', '.join(notes)})" if notes else ""))
+    return "\n".join(lines) + "\n"
+
+
+def copy(category: Category, item: str) -> str:
+    """The lesson of an item as a file of its own. Raises Unusable where it has none that can be copied."""
+    text = copy_of(script_of(category), item.upper())
+    if text is None:
+        raise Unusable(f"{item.upper()} has no lesson that stands on its own: read its section of the script.")
+    return text
+
+
+def check_baseline(path: str | None, accept: bool) -> None:
+    """Raise Unusable before anything runs where --against names no record, or --accept has nothing to write to."""
+    from harness.record import load_run
+
+    if path is not None:
+        load_run(Path(path))
+    elif accept:
+        raise Unusable("--accept is for --against RUN: name the run that this one is to replace.")
 
 
 def check_writable(option: str, path: str | None) -> None:
@@ -704,6 +650,9 @@ def evaluate(category: Category, new_session: Callable[[argparse.Namespace], Ses
         mask_streams()
         load_settings()
         options = parse(category, sys.argv[1:])
+        if options.list or options.copy:
+            print(listing(category) if options.list else copy(category, options.copy), end="")
+            leave(0)
         name_profile(options.profile)
         asyncio.run(_main(category, options, new_session))
     except Unusable as error:
@@ -735,9 +684,10 @@ async def _main(
     """
     stopped = stop_signals()
     screen = Screen(category)
+    ticker = Ticker()
     session = new_session(options)
     try:
-        work = asyncio.create_task(_evaluate(options, session, screen))
+        work = asyncio.create_task(_evaluate(options, session, screen, ticker))
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             leave_with = work.result()
@@ -772,45 +722,73 @@ def refuse(error: Unusable) -> int:
     return 2
 
 
-async def _evaluate(options: argparse.Namespace, session: Session, screen: Screen) -> int:
-    """Run the chosen items side by side. Returns the exit status."""
+async def _evaluate(options: argparse.Namespace, session: Session, screen: Screen, ticker: Ticker) -> int:
+    """Run the chosen items side by side, and those that measure alone after them. Returns the exit status."""
     begun = time.monotonic()
     await session.open()
+    session.environment["speed"] = round(ticker.at_start, 2)
     screen.open(session)
-
-    places = asyncio.Semaphore(screen.category.at_once)
-
-    async def one(item: Item) -> Result:
-        async with places:
-            return await shown(item)
+    room = Room(screen.category.at_once)
 
     async def shown(item: Item) -> Result:
-        screen.begin(item)
-        result = await run_item(item, session, screen.see)
-        screen.end(result)
-        return result
+        async with room.enter(item.alone):
+            screen.begin(item)
+            result = await run_item(item, session, screen.see, ticker)
+            screen.end(result)
+            return result
 
     # Those that are given more time take more of it: they begin first, so that they do not end last.
-    begun_first = sorted(options.chosen, key=lambda item: -item.seconds)
-    found = await asyncio.gather(*(one(item) for item in begun_first))
+    together = sorted((item for item in options.chosen if not item.alone), key=lambda item: -item.seconds)
+    found = list(await asyncio.gather(*(shown(item) for item in together)))
+    found += [await shown(item) for item in options.chosen if item.alone]
     results = sorted(found, key=lambda result: options.chosen.index(result.item))
     left = await session.tidy()
     screen.summary(results, session, time.monotonic() - begun)
-    for words in left:
-        screen.line(words)
+    for line in left:
+        screen.line(line)
+    record = record_of(screen.category, session, results)
     if options.json:
-        write_json(options.json, screen.category, session, results)
-    return 0 if all(result.passes for result in results) else 1
+        write_json(options.json, record)
+    passes = all(result.passes for result in results)
+    differs = options.against and against(options.against, screen.category, record, options.accept, screen)
+    return 0 if passes and not differs else 1
 
 
-def write_json(path: str, category: Category, session: Session, results: Sequence[Result]) -> None:
-    """Write the verdicts with their evidence and the environment they were seen in."""
+def record_of(category: Category, session: Session, results: Sequence[Result]) -> dict[str, Any]:
+    """The verdicts with their evidence and the environment they were seen in: see docs/record.schema.json."""
     record = {
+        "schema": SCHEMA,
         "category": category.id,
         "title": category.title,
         "environment": session.environment,
         "items": [result.as_json() for result in results],
     }
+    masked_record: dict[str, Any] = masked_all(record)
+    return masked_record
+
+
+def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(masked_all(record), file, indent=1, ensure_ascii=False)
+        json.dump(record, file, indent=1, ensure_ascii=False)
         file.write("\n")
+
+
+def against(path: str, category: Category, record: Mapping[str, Any], accept: bool, screen: Screen) -> int:
+    """Show what differs from a recorded run. Returns the exit status: 1 where something was lost, or it is stale.
+
+    `accept` writes the new record in its place, and then nothing is stale.
+    """
+    from harness.compare import compare, lines_of, status_of
+    from harness.record import CategoryRecord, Run, load_run
+
+    there, here = load_run(Path(path)), Run("this run", [CategoryRecord.model_validate(record)])
+    changes = compare(there, here)
+    for style, text in lines_of(there, here, changes):
+        screen.line(text, style, hang=7)
+    if not accept:
+        return status_of(changes)
+    file = Path(path) / f"{script_of(category).stem}.json" if Path(path).is_dir() else Path(path)
+    write_json(file, record)
+    screen.line(f"Accepted: {file}")
+    return 0

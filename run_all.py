@@ -17,9 +17,8 @@ from common import (
     stop_signals,
     wrapped,
 )
-from given import Inventory, handed_over
-from lab import Guard, make_folder
-from settings import (
+from harness.given import Inventory, handed_over
+from harness.settings import (
     LEFT,
     Target,
     connect,
@@ -29,6 +28,7 @@ from settings import (
     name_profile,
     user_settings,
 )
+from lab import Guard, make_folder
 
 import argparse
 import asyncio
@@ -80,14 +80,24 @@ ASSUMPTIONS = {
 
 @dataclass(frozen=True)
 class Overall:
-    """The rating over all judged items. `mean` and `stars` are None when nothing was judged."""
+    """The rating over all judged items. `mean`, `least` and `stars` are None when nothing was judged.
+
+    `missing` are the items of scripts that left no verdicts, `least` the mean if each lost item had one star.
+    """
 
     mean: float | None
+    least: float | None
     stars: int | None
     judged: int
     inconclusive: int
     not_run: int
+    missing: int
     capped_by: Sequence[str]
+
+    @property
+    def lost(self) -> int:
+        """How many items should have been judged and were not."""
+        return self.inconclusive + self.missing
 
 
 def fail_closed_states(items: Mapping[str, Any], assumptions: Mapping[str, str]) -> dict[str, str]:
@@ -109,17 +119,27 @@ def fail_closed_states(items: Mapping[str, Any], assumptions: Mapping[str, str])
     return states
 
 
-def rate(items: Mapping[str, Any], assumptions: Mapping[str, str]) -> Overall:
-    """The mean over the judged items, whole stars with a half rounded up, capped by the fail-closed items."""
+def rate(items: Mapping[str, Any], assumptions: Mapping[str, str], missing: int = 0) -> Overall:
+    """The mean over the judged items, and whole stars (a half rounded up) that no lost item can raise.
+
+    An item is lost when it is inconclusive, or when its script left no verdicts (`missing` of them). Nobody knows
+    its stars, so the whole stars are those of the mean in which it has the least there is, one: who loses a bad
+    item gains nothing by it. An item that was not run does not count so: it says why it cannot run where it
+    stands, which is a property of the surroundings and not of this run. The fail-closed items cap the stars.
+    """
     stars = [item["stars"] for item in items.values() if item["outcome"] == "judged"]
     outcomes = collections.Counter(item["outcome"] for item in items.values())
     states = fail_closed_states(items, assumptions)
     capped_by = [id for id, state in states.items() if state not in ("passes", "not applicable")]
+    lost = outcomes["inconclusive"] + missing
     mean = sum(stars) / len(stars) if stars else None
-    whole = None if mean is None else int(mean + 0.5)
+    least = (sum(stars) + lost) / (len(stars) + lost) if stars else None
+    whole = None if least is None else int(least + 0.5)
     if whole is not None and capped_by:
         whole = min(whole, CAP)
-    return Overall(mean, whole, len(stars), outcomes["inconclusive"], outcomes["not_run"], capped_by)
+    return Overall(
+        mean, least, whole, len(stars), outcomes["inconclusive"], outcomes["not_run"], missing, capped_by
+    )  # fmt: skip
 
 
 class Script:
@@ -144,6 +164,14 @@ class Script:
             return None
         record: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
         return record
+
+    @property
+    def missing(self) -> int:
+        """How many items are lost with it when it left no verdicts: those that its source registers, or one."""
+        if self.record is not None:
+            return 0
+        registered = re.findall(r"\.item\(\s*\"[A-Z]{2}-\d\d\"", self.path.read_text(encoding="utf-8"))
+        return max(1, len(registered))
 
     async def run(self, *arguments: str) -> None:
         """Run it to its end; its lines are kept for the display only."""
@@ -259,7 +287,11 @@ class Board:
         stars = stars_text(rating.stars, "not_run", self.unicode)
         mean = "nothing was judged" if rating.mean is None else f"mean {rating.mean:.1f}"
         self.line(f"Overall  {stars}  {mean} over {rating.judged} judged of {ITEMS_IN_ALL} items", "bold")
-        self.line(f"{rating.inconclusive} inconclusive, {rating.not_run} not run")
+        missing = f", {rating.missing} of scripts that left no verdicts" if rating.missing else ""
+        self.line(f"{rating.inconclusive} inconclusive, {rating.not_run} not run{missing}")
+        if rating.lost and rating.least is not None:
+            with_one = f"with one star for each of the {rating.lost} lost items the mean is {rating.least:.1f}"
+            self.line(f"Nobody knows the stars of what was lost: {with_one}, and the whole stars are its", "yellow")
         if rating.capped_by:
             self.line(f"Capped at {CAP} stars by {', '.join(rating.capped_by)}", "yellow")
         self.line(", ".join(f"{name} {value}" for name, value in environment.items()), "dim")
@@ -343,7 +375,7 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
     items = {item["id"]: item for record in records for item in record["items"]}
     assumptions = ASSUMPTIONS | ({"run time": options.run_time} if options.run_time else {})
     states = fail_closed_states(items, assumptions)
-    rating = rate(items, assumptions)
+    rating = rate(items, assumptions, sum(script.missing for script in scripts))
     board.close()
     board.console.record = bool(options.pictures)
     board.categories(records)

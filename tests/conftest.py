@@ -10,12 +10,25 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a test that runs real evaluations run once more when it fails; the closing line counts how many did.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="run the tests marked `all`, too: what CI runs, an hour on two cores"
+    )
 
-    An evaluation kills processes against the clock, and on a machine that is busy with something else it
-    may rightly end as inconclusive. What is not an evaluation (judge, output, processes) gets one try.
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests to --all, unless they are named; let one that runs real evaluations run once more.
+
+    An evaluation kills processes against the clock, and on a machine that is busy with something else it may
+    rightly end as inconclusive. The closing lines count how many did. What is not an evaluation (judge, output,
+    processes) gets one try.
     """
+    named = any("::" in argument for argument in config.args)
+    short = not config.getoption("--all") and not named
+    left = [item for item in items if short and item.get_closest_marker("all")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     for item in items:
         if re.match(r"test_(\d\d_|given_server)", item.path.name):
             item.add_marker(pytest.mark.flaky(reruns=1))

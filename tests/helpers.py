@@ -81,7 +81,8 @@ def evaluate(
     return Verdicts(done.returncode, done.stdout, done.stderr, {one["id"]: one for one in record["items"]}, record)
 
 
-SHARED = [name for name in ("settings.py", "common.py", "given.py", "lab.py", "cluster.py") if (ROOT / name).exists()]
+SHARED = ["common.py", "lab.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("harness/*.py"))]
+SHARED += ["cluster.py"] if (ROOT / "cluster.py").exists() else []
 
 
 def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Sequence[tuple[str, str]] = ()) -> Path:
@@ -94,6 +95,7 @@ def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Seq
         for old, new in pairs:
             assert name in SHARED or old in text, f"{name} no longer holds {old!r}"
             text = text.replace(old, new)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     for old, _ in shared:
         assert any(old in (ROOT / name).read_text(encoding="utf-8") for name in SHARED), f"nothing shared holds {old!r}"
@@ -129,6 +131,58 @@ def not_run(item: Mapping[str, Any]) -> set[str]:
 
 def tiny(tmp_path: Path) -> Path:
     """The tiny script beside a copy of what scripts share, as if it were a numbered one."""
-    for name in (*SHARED, "tests/tiny.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "harness").mkdir(exist_ok=True)
+    for name in SHARED:
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "tests/tiny.py", tmp_path)
     return tmp_path / "tiny.py"
+
+
+@dataclass(frozen=True)
+class Fall:
+    """A change to a script that must cost an item something: the feature taken out, or a platform that lies.
+
+    `old` is replaced by `new` in the script (`shared`: in what scripts share). Then the item has `stars`, None where
+    nothing is proven any more, and every text in `lost` is part of a claim that is said not to hold. Falls of
+    different items share a run of the script; one that touches more than its item runs `alone`.
+    """
+
+    item: str
+    old: str
+    new: str
+    stars: int | None
+    lost: Sequence[str] = ()
+    shared: bool = False
+    alone: bool = False
+
+
+def in_runs(falls: Sequence[Fall]) -> list[list[Fall]]:
+    """The falls packed into as few runs as there can be: no two of one item in the same."""
+    runs: list[list[Fall]] = []
+    for fall in falls:
+        fitting = (
+            run for run in runs if not fall.alone and not run[0].alone and fall.item not in {f.item for f in run}
+        )
+        run = next(fitting, None)
+        if run is None:
+            runs.append([fall])
+        else:
+            run.append(fall)
+    return runs
+
+
+def name_of_run(falls: Sequence[Fall]) -> str:
+    return ",".join(fall.item for fall in falls)
+
+
+def check_falls(script: Path, tmp_path: Path, falls: Sequence[Fall]) -> None:
+    """Run the script with the changes of all these falls, and look for what each must cost."""
+    changes = [(fall.old, fall.new) for fall in falls if not fall.shared]
+    shared = [(fall.old, fall.new) for fall in falls if fall.shared]
+    verdicts = evaluate(changed(script, tmp_path, *changes, shared=shared), tmp_path, *(fall.item for fall in falls))
+    for fall in falls:
+        said = f"{fall.item}, {fall.old!r} -> {fall.new!r}: {verdicts.out}{verdicts.err}"
+        assert verdicts.stars(fall.item) == fall.stars, said
+        gone = [one["claim"] for one in verdicts.items[fall.item]["evidence"] if one["held"] is False]
+        for words in fall.lost:
+            assert any(words in claim for claim in gone), f"{words!r} is not lost: {said}"

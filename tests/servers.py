@@ -1,7 +1,7 @@
 """Servers as others run them, for the tests: with other settings, and behind what companies put in front."""
 
+from harness.settings import find_cli
 from lab import Guard, Server, free_port, port_is_free
-from settings import find_cli
 
 import asyncio
 import concurrent.futures

@@ -1,6 +1,6 @@
 """Script 11 as a whole, with a model of one's own, and each of its verdicts made to fall."""
 
-from settings import CLI_ALONE
+from harness.settings import CLI_ALONE
 
 import importlib.util
 import multiprocessing

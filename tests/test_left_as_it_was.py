@@ -1,7 +1,7 @@
 """Someone else's server is left as it was: a full inventory before and after, however a run ends."""
 
+from harness.settings import connect
 from lab import Server
-from settings import connect
 
 import asyncio
 import shutil
@@ -81,7 +81,7 @@ def given(server: Server) -> dict[str, str]:
 LEAVER = '''
 from common import Category, Evidence, control, works
 from lab import Lab, note, run
-from settings import remember
+from harness.settings import remember
 
 import asyncio
 import datetime
@@ -317,7 +317,7 @@ def test_the_next_run_removes_what_an_earlier_one_had_to_leave(tmp_path: Path) -
         assert asyncio.run(inventory(own))["deployments"]
         time.sleep(9)
         # What began half an hour ago is of a run that has ended; here that is at once.
-        given_py = tmp_path / "given.py"
+        given_py = tmp_path / "harness" / "given.py"
         given_py.write_text(given_py.read_text().replace("timedelta(minutes=30)", "timedelta(seconds=1)"))
         evaluate(tmp_path / "tiny.py", tmp_path, "TT-08", env=given(own))
         assert asyncio.run(inventory(own))["deployments"] == []

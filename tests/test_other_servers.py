@@ -1,7 +1,7 @@
 """Servers that are set up differently: what they refuse is not run, at once and by name; the rest is judged."""
 
 from common import Evidence, holds, piece, side_by_side
-from given import between, refusal
+from harness.given import between, refusal
 from lab import Server
 
 import asyncio

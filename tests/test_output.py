@@ -61,7 +61,7 @@ def test_a_pipe_gets_plain_text_that_tells_everything(tmp_path: Path) -> None:
         "TT-01  Recommended  \u2605\u2605\u2605\u2605\u2605",
         "recommended, GA, fail-closed: everything held, no limit seen",
         "\u2713 works   a workflow in a worker process greets",
-        "result 'Hello, you'",
+        "result Hello, you; took 0.25 s",
         "TT-02  Of every kind  \u2605\u2605\u2605\u2606\u2606",
         "\u2717 holds   it does not hold",
         "(not run; it would have been needed for 4 stars)",
@@ -138,7 +138,16 @@ def test_json_holds_the_verdicts_and_what_they_rest_on(tmp_path: Path) -> None:
         "kind": "works",
         "claim": "a workflow in a worker process greets",
         "held": True,
-        "measured": "result 'Hello, you'",
+        "measured": "result Hello, you; took 0.25 s",
+        "facts": [
+            {"name": "result", "measured": "Hello, you", "expected": "Hello, you", "held": True},
+            {
+                "name": "took",
+                "measured": {"median": 0.25, "low": 0.25, "high": 0.25, "times": 1, "unit": "s"},
+                "expected": None,
+                "held": True,
+            },
+        ],
     }
     not_run = [one for one in verdicts.items["TT-02"]["evidence"] if one["held"] is None]
     assert [one["kind"] for one in not_run] == ["holds", "cited"]

@@ -1,6 +1,6 @@
 """run_all.py: its rating against hand-made verdicts, and the command itself over small scripts."""
 
-from run_all import ASSUMPTIONS, FAIL_CLOSED, fail_closed_states, rate
+from run_all import ASSUMPTIONS, FAIL_CLOSED, ITEMS_IN_ALL, fail_closed_states, rate
 
 import json
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, environment, run, tiny
+from helpers import ROOT, SCRIPTS, environment, run, tiny
 from test_processes import TAG, tagged, wait_for
 
 
@@ -57,6 +57,43 @@ def test_the_cap_does_not_lift() -> None:
 def test_nothing_judged_is_no_star() -> None:
     rating = rate({"A": item(None, "inconclusive")}, ASSUMPTIONS)
     assert (rating.mean, rating.stars, rating.inconclusive) == (None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("others", "missing", "mean", "least", "stars"),
+    [
+        ([item(1)] * 4, 0, 2.67, 2.67, 3),
+        ([item(None, "inconclusive")] * 4, 0, 4.0, 2.67, 3),
+        ([], 4, 4.0, 2.67, 3),
+        ([item(1), item(None, "inconclusive")], 2, 3.5, 2.67, 3),
+        ([item(5)] * 5, 0, 4.5, 4.5, 5),
+        ([item(5)] * 5, 1, 4.5, 4.18, 4),
+        ([item(None, "not_run")] * 4, 0, 4.0, 4.0, 4),
+    ],
+)
+def test_the_stars_cannot_rise_by_losing_items(
+    others: list[dict[str, Any]], missing: int, mean: float, least: float, stars: int
+) -> None:
+    rating = rate(PASSING | {f"XX-{number}": one for number, one in enumerate(others)}, ASSUMPTIONS, missing)
+    assert rating.mean == pytest.approx(mean, abs=0.01)
+    assert rating.least == pytest.approx(least, abs=0.01)
+    assert rating.stars == stars
+
+
+@pytest.mark.parametrize("stars", range(1, 6))
+@pytest.mark.parametrize("lost", [1, 5, 9])
+def test_whoever_loses_items_is_never_rated_higher(stars: int, lost: int) -> None:
+    """Whatever the lost ones would have had, and however many: inconclusive, or gone with their script."""
+    whole = {f"XX-{number}": item(stars) for number in range(lost)}
+    rated = rate(PASSING | whole, ASSUMPTIONS).stars
+    assert rated
+    for rating in (
+        rate(PASSING | dict.fromkeys(whole, item(None, "inconclusive")), ASSUMPTIONS),
+        rate(PASSING, ASSUMPTIONS, lost),
+    ):
+        assert rating.stars
+        assert rating.stars <= rated
+        assert rating.lost == lost
 
 
 def test_runs_of_seconds_need_no_versioning() -> None:
@@ -121,6 +158,24 @@ def test_an_inconclusive_item_and_a_broken_script_fail_the_run(tmp_path: Path) -
     assert done.returncode == 1
     assert "02_bb.py: no verdicts, exit status 1. broken on purpose" in done.stdout
     assert "TT-01  \u2605\u2605\u2605\u2605\u2605" in done.stdout
+    assert "mean 5.0 over 1 judged of 58 items" in done.stdout
+    assert "0 inconclusive, 0 not run, 1 of scripts that left no verdicts" in done.stdout
+    assert "with one star for each of the 1 lost items the mean is 3.0" in done.stdout
+
+
+def test_a_script_without_verdicts_loses_the_items_that_it_registers(tmp_path: Path) -> None:
+    command = project(tmp_path, _01_aa="TT-01", _02_bb="TT-03")
+    registers = "".join(f'@TT.item("TT-0{number}", "One")\n' for number in range(1, 5))
+    (tmp_path / "02_bb.py").write_text(f"import sys\nsys.exit(1)\n{registers}")
+    done = run(command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "4 of scripts that left no verdicts" in done.stdout
+    assert "with one star for each of the 4 lost items the mean is 1.8" in done.stdout
+
+
+def test_the_scripts_register_as_many_items_as_there_are() -> None:
+    registered = [len(re.findall(r"\.item\(\s*\"[A-Z]{2}-\d\d\"", path.read_text())) for path in SCRIPTS]
+    assert sum(registered) == ITEMS_IN_ALL
 
 
 def test_the_tables_can_be_drawn(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """No secret comes out: a marker is put in by every way there is, and searched for in all that comes out."""
 
+from harness.settings import forget_secrets, load_settings, masked
 from lab import Server
-from settings import forget_secrets, load_settings, masked
 
 import base64
 import json

@@ -33,7 +33,7 @@ def through(proxy: str) -> dict[str, str]:
 # Proxies -----------------------------------------------------------------------------------------------
 
 EVERYBODY = """
-from settings import load_settings
+from harness.settings import load_settings
 load_settings()
 import http.server, subprocess, sys, threading, urllib.request
 import grpc, httpx, openai, requests

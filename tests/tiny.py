@@ -3,8 +3,21 @@
 Its items end in every way an item can end. TINY names the folder for its signs of life.
 """
 
-from common import Category, Evidence, NotRun, cited, control, holds, limit, native, works
-from lab import Lab, note, run
+from common import (
+    Category,
+    Evidence,
+    NotRun,
+    cited,
+    control,
+    equal,
+    figure,
+    holds,
+    limit,
+    native,
+    works,
+)
+from harness.faults import note
+from lab import Lab, run
 
 import asyncio
 import os
@@ -26,7 +39,7 @@ class Hello:
 async def good(lab: Lab) -> AsyncIterator[Evidence]:
     async with lab.worker_process([Hello]):
         hello = await lab.client.execute_workflow(Hello.run, "you", id=lab.id, task_queue=lab.task_queue)
-    yield works("a workflow in a worker process greets", hello == "Hello, you", f"result {hello!r}")
+    yield works("a workflow in a worker process greets", result=equal(hello, "Hello, you"), took=figure(0.25, "s"))
     yield holds("an edge holds", True, "1 of 1")
     yield control("the failure is there without it", True, "0 of 1")
     yield native("it is built in", workflow.defn)

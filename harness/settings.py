@@ -9,6 +9,7 @@ import base64
 import contextlib
 import difflib
 import functools
+import importlib.metadata
 import io
 import json
 import logging
@@ -30,7 +31,7 @@ from temporalio.envconfig import ClientConfigProfile
 from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.service import HttpConnectProxyConfig
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 
 
 class Unusable(Exception):
@@ -716,3 +717,8 @@ def find_cli() -> str | None:
         return named
     beside = Path(sys.executable).with_name("temporal")
     return str(beside) if os.access(beside, os.X_OK) else None
+
+
+def sdk_version() -> str:
+    """The version of the installed Python SDK."""
+    return importlib.metadata.version("temporalio")

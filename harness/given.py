@@ -5,7 +5,7 @@
 3. Inventory       what was made there, and how it is removed, or named where the server keeps it
 """
 
-from settings import NotRun, is_given, made_file, redacted, remember
+from harness.settings import NotRun, is_given, made_file, redacted, remember
 
 import asyncio
 import contextlib
