@@ -417,6 +417,8 @@ class Screen:
         with_what = f"SDK {facts['sdk']}, Python {facts['python']}, {facts['cpus']} cores"
         speed = f"{facts['speed']:.1f} times as slow as the reference machine"
         self.line(f"{where}; {with_what}, {speed}; seed {session.seed}", "dim")
+        for remark in session.remarks:
+            self.line(remark, "dim")
         if self._live:
             self._live.start()
 

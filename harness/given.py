@@ -75,7 +75,7 @@ def over_a_limit(said: str) -> str:
 async def hindrance(client: Client, prefix: str) -> str | None:
     """What on the server keeps workflows whose ids begin with `prefix` from going on, when that is a limit; else None.
 
-    Such a workflow does not fail: its workflow task or its activity is tried again and again, and whoever waits
+    Such a workflow seldom fails: its workflow task or its activity is tried again and again, and whoever waits
     for it would wait for ever.
     """
     with contextlib.suppress(RPCError):
@@ -87,6 +87,16 @@ async def hindrance(client: Client, prefix: str) -> str | None:
                     return over_a_limit(redacted(pending.last_failure.message)[:200])
             if raw.pending_workflow_task.attempt > 2 and (why := await _limit_in_history(client, run.id)):
                 return over_a_limit(why)
+        # And one whose history has grown over a limit is terminated by the server.
+        query = f'ExecutionStatus = "Terminated" AND WorkflowId STARTS_WITH "{prefix}"'
+        async for run in client.list_workflows(query, limit=30):
+            request = service.GetWorkflowExecutionHistoryReverseRequest(
+                namespace=client.namespace, maximum_page_size=1, execution=WorkflowExecution(workflow_id=run.id)
+            )
+            events = (await client.workflow_service.get_workflow_execution_history_reverse(request)).history.events
+            reason = events[0].workflow_execution_terminated_event_attributes.reason if events else ""
+            if re.search(OVER_A_LIMIT, reason):
+                return over_a_limit(reason)
     return None
 
 
