@@ -35,9 +35,11 @@ from temporalio.service import RPCError, RPCStatusCode
 
 # How a server says that something is more than it was set to allow. That is looked for on a server of the user's only:
 # on one of our own the limits are known, and to run into one is a finding.
+# The words are the server's own: a model or a service that an item calls has limits of its rate, too.
 OVER_A_LIMIT = (
-    r"(?i)number of concurrent updates|total number of updates|workflow execution limit|exceeds limit|limit exceeded"
-    r"|rate limit|per.second limit|limit of \d+ has been reached"
+    r"(?i)of (concurrent )?in-flight updates|total number of (distinct )?updates|update registry size limit"
+    r"|workflow execution limit|limit reached for maximum signals|workflow (history|mutable state) \w+ exceeds limit"
+    r"|(namespace|service|reuse) rate limit exceeded|per.second limit exceeded|concurrent poller limit"
 )
 SWITCHED_OFF = r"(?i)disabled|not (yet )?(enabled|allowed|supported|implemented|permitted)|permission|unauthorized"
 
@@ -87,16 +89,18 @@ async def hindrance(client: Client, prefix: str) -> str | None:
                     return over_a_limit(redacted(pending.last_failure.message)[:200])
             if raw.pending_workflow_task.attempt > 2 and (why := await _limit_in_history(client, run.id)):
                 return over_a_limit(why)
-        # And one whose history has grown over a limit is terminated by the server.
-        query = f'ExecutionStatus = "Terminated" AND WorkflowId STARTS_WITH "{prefix}"'
-        async for run in client.list_workflows(query, limit=30):
+        # Others have ended by it: terminated when their history had grown too long, or told by what they called.
+        query = f'ExecutionStatus != "Running" AND WorkflowId STARTS_WITH "{prefix}"'
+        async for run in client.list_workflows(query, limit=20):
             request = service.GetWorkflowExecutionHistoryReverseRequest(
-                namespace=client.namespace, maximum_page_size=1, execution=WorkflowExecution(workflow_id=run.id)
+                namespace=client.namespace, maximum_page_size=12, execution=WorkflowExecution(workflow_id=run.id)
             )
-            events = (await client.workflow_service.get_workflow_execution_history_reverse(request)).history.events
-            reason = events[0].workflow_execution_terminated_event_attributes.reason if events else ""
-            if re.search(OVER_A_LIMIT, reason):
-                return over_a_limit(reason)
+            page = (await client.workflow_service.get_workflow_execution_history_reverse(request)).history
+            for event in page.events:
+                said = event.workflow_execution_terminated_event_attributes.reason
+                said += event.activity_task_failed_event_attributes.failure.message
+                if re.search(OVER_A_LIMIT, said):
+                    return over_a_limit(redacted(said)[:200])
     return None
 
 

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from helpers import ROOT, Verdicts, evaluate, tiny
 from servers import gateway, given_server, nginx
+from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 OFF = {
@@ -156,6 +157,129 @@ def test_what_is_a_refusal(error: BaseException | None, refused: bool) -> None:
 def test_a_limit_of_somebodys_server_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEMPORAL_ADDRESS", "a.test:1")
     assert "a limit" in str(refusal(rpc(RPCStatusCode.RESOURCE_EXHAUSTED, "namespace rate limit exceeded")))
+    for said in (
+        "exceeded workflow execution limit for signal events",
+        "limit on number of concurrent in-flight updates has been reached (5)",
+        "Workflow history count exceeds limit.",
+    ):
+        assert said in str(refusal(ApplicationError(said)))
+    # A model that an item asks has limits of its own, and they are no reason to leave the item out.
+    assert refusal(ApplicationError("Rate limit reached for requests")) is None
+
+
+LIMITED = '''
+from common import Category, Evidence, control, works
+from lab import Lab, run
+
+import asyncio
+import datetime
+
+from temporalio import activity, workflow
+from temporalio.client import WorkflowUpdateStage
+
+LL = Category("LL", "Limited", "Is a limit of the server noticed?")
+
+
+@activity.defn
+async def nothing() -> None:
+    await asyncio.sleep(0)
+
+
+@workflow.defn
+class Wide:
+    """More activities at once than a server of this test lets wait."""
+
+    @workflow.run
+    async def run(self) -> None:
+        options = {"start_to_close_timeout": datetime.timedelta(seconds=30)}
+        await asyncio.gather(*(workflow.execute_activity(nothing, **options) for _ in range(20)))
+
+
+@workflow.defn
+class Long:
+    """A longer history than a server of this test keeps."""
+
+    @workflow.run
+    async def run(self) -> None:
+        for _ in range(40):
+            await workflow.execute_activity(nothing, start_to_close_timeout=datetime.timedelta(seconds=30))
+
+
+@workflow.defn
+class Asked:
+    @workflow.run
+    async def run(self) -> None:
+        await workflow.wait_condition(lambda: False)
+
+    @workflow.update
+    async def ask(self) -> None:
+        await workflow.wait_condition(lambda: False)
+
+    @workflow.signal
+    def tell(self) -> None: ...
+
+
+async def shows(lab: Lab, workflow_type: type):
+    async with lab.worker([workflow_type], [nothing]):
+        await lab.client.execute_workflow(workflow_type.run, id=lab.id, task_queue=lab.task_queue)
+    yield works("it works", True, "")
+    yield control("a control", True, "")
+
+
+@LL.item("LL-01", "Pending activities")
+async def wide(lab: Lab):
+    async for evidence in shows(lab, Wide):
+        yield evidence
+
+
+@LL.item("LL-02", "History")
+async def long(lab: Lab):
+    async for evidence in shows(lab, Long):
+        yield evidence
+
+
+@LL.item("LL-03", "Updates")
+async def updates(lab: Lab):
+    async with lab.worker([Asked]):
+        handle = await lab.client.start_workflow(Asked.run, id=lab.id, task_queue=lab.task_queue)
+        accepted = WorkflowUpdateStage.ACCEPTED
+        await asyncio.gather(*(handle.start_update(Asked.ask, wait_for_stage=accepted) for _ in range(4)))
+    yield works("it works", True, "")
+    yield control("a control", True, "")
+
+
+@LL.item("LL-04", "Signals")
+async def signals(lab: Lab):
+    handle = await lab.client.start_workflow(Asked.run, id=lab.id, task_queue=lab.task_queue)
+    for _ in range(20):
+        await handle.signal(Asked.tell)
+    yield works("it works", True, "")
+    yield control("a control", True, "")
+
+
+if __name__ == "__main__":
+    run(LL)
+'''
+
+
+def test_every_limit_that_is_set_lower_is_told_by_name(tmp_path: Path) -> None:
+    """Pending activities, history, updates and signals: the first hangs, the second ends, the others are refused."""
+    tiny(tmp_path)
+    (tmp_path / "limited.py").write_text(LIMITED)
+    limits = {
+        "limit__numPendingActivities__error": "10", "limit__historyCount__error": "50",
+        "history__maxInFlightUpdates": "2", "history__maximumSignalsPerExecution": "10",
+    }  # fmt: skip
+    with given_server(tmp_path, **limits) as server:
+        verdicts = evaluate(tmp_path / "limited.py", tmp_path, env=given(server.address))
+    reasons = {id: (item["outcome"], item["reason"]) for id, item in verdicts.items.items()}
+    assert {outcome for outcome, _ in reasons.values()} == {"not_run"}, verdicts.out
+    for id, words in (
+        ("LL-01", "PENDING_ACTIVITIES_LIMIT_EXCEEDED"), ("LL-02", "Workflow history count exceeds limit"),
+        ("LL-03", "in-flight updates"), ("LL-04", "execution limit for signal events"),
+    ):  # fmt: skip
+        assert "a limit of the server is in the way" in reasons[id][1]
+        assert words in reasons[id][1]
 
 
 @piece(holds("it is there"), holds("so is this"))
