@@ -5,13 +5,15 @@ from harness.given import between, refusal
 from lab import Server
 
 import asyncio
+import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from helpers import ROOT, Verdicts, evaluate, tiny
+from helpers import ROOT, Verdicts, evaluate, run, tiny
 from servers import gateway, given_server, nginx
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
@@ -172,6 +174,8 @@ from common import Category, Evidence, control, works
 from lab import Lab, run
 
 import asyncio
+import json
+import os
 import datetime
 
 from temporalio import activity, workflow
@@ -375,3 +379,36 @@ def test_who_answers_in_place_of_the_server_is_said(said: str, what: str) -> Non
 @pytest.mark.parametrize("said", ["workflow not found", "received message larger than max (4194500 vs. 4194304)"])
 def test_what_the_server_itself_says_is_not_taken_for_another(said: str) -> None:
     assert between(said) is None
+
+
+# All at once -------------------------------------------------------------------------------------------
+
+EVERYTHING = OFF | {
+    "limit__blobSize__error": str(15 << 20),
+    "limit__numPendingActivities__error": "200",
+    "limit__numPendingChildExecutions__error": "100",
+    "limit__historyCount__error": "2000",
+    "history__maximumSignalsPerExecution": "500",
+    "history__maxInFlightUpdates": "5",
+}
+
+
+@pytest.mark.all
+def test_run_all_on_a_server_that_differs_in_every_way_at_once(tmp_path: Path) -> None:
+    """No question mark may be due to a setting of the server: what it refuses is not run, the rest has a verdict."""
+    closed = "location /temporal.api.operatorservice.v1.OperatorService/ { return 403; }"
+    with given_server(tmp_path, **EVERYTHING) as server, nginx(server.address, tmp_path, closed) as address:
+        env = given(address) | {"OPENAI_API_KEY": "", "TEMPORAL_DOTENV": os.devnull}
+        done = run("run_all.py", "--record", str(tmp_path / "record"), env=env, seconds=3000)
+    items = {
+        item["id"]: item
+        for file in (tmp_path / "record").glob("[01]*.json")
+        for item in json.loads(file.read_text(encoding="utf-8"))["items"]
+    }
+    assert len(items) == 58, done.stdout + done.stderr
+    asking = {id: item["reason"] for id, item in items.items() if item["outcome"] == "inconclusive"}
+    assert not asking, asking
+    for id, item in items.items():
+        for one in item["evidence"]:
+            assert one["held"] is not None or one["measured"], id
+    assert "Temporal 1." in done.stdout or "server 1." in done.stdout
