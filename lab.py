@@ -59,6 +59,7 @@ import collections
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -192,11 +193,12 @@ class Finished:
 class Lab:
     """What one item works with: names, files, workers and servers that no other item touches."""
 
-    def __init__(self, session: "Session", item: str, client: Client) -> None:
+    def __init__(self, session: "Session", item: str, clients: Sequence[Client]) -> None:
         self._session = session
         self.id = f"{item}-{session.token}"
         self.task_queue = self.id
-        self.client, self.target = client, session.target
+        self.client, self.target = clients[0], session.target
+        self._for_workers = itertools.cycle(clients)
         self.seed = session.seed
         self.random = random.Random(f"{session.seed}/{item}")
         self.folder = session.folder / item
@@ -244,7 +246,7 @@ class Lab:
         `faults` are put into its activities, and `shortened` gives these other timeouts (see faults.py). Its
         activity calls are in calls(), unless it is not `watched`.
         """
-        client = options.pop("client", server.client if server else self.client)
+        client = options.pop("client", None) or (server.client if server else next(self._for_workers))
         self._watch(options, faults, shortened, watched)
         return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
 
@@ -546,6 +548,9 @@ async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
 # 3. Session and run ----------------------------------------------------------------------------------
 
 
+CONNECTIONS = 6  # of an item to a server of the user's
+
+
 class Session:
     """What the items of one run share: the server evaluated, the nursery, the guard and a folder."""
 
@@ -573,7 +578,7 @@ class Session:
         self._embedded: Server | None = None
         self._ui_port: int | None = None
         self._client: Client | None = None
-        self._clients: dict[str, Client] = {}
+        self._clients: dict[str, Sequence[Client]] = {}
         handler = logging.FileHandler(self.log)
         handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -596,7 +601,7 @@ class Session:
 
     def lab(self, item: str) -> Lab:
         self._prefixes.append(f"{item}-{self.token}")
-        return Lab(self, item, self._clients.get(item, self.client))
+        return Lab(self, item, self._clients.get(item, [self.client]))
 
     async def hindrance(self, item: str) -> str | None:
         """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""
@@ -615,10 +620,10 @@ class Session:
         begun = time.monotonic()
         if user_settings():
             self._client = await connect_to_user_server()
-            # A connection for each item: what stands before a server may allow it only so many calls at a time
-            # (nginx 128), and every poller of a worker is one that lasts a minute.
+            # What stands before a server may allow a connection only so many calls at a time (nginx 128), and every
+            # poller of a worker is one that lasts a minute: so each item has some, and its workers use them by turns.
             for item in self.options.chosen:
-                self._clients[item.id] = await connect(Target(None))
+                self._clients[item.id] = await asyncio.gather(*(connect(Target(None)) for _ in range(CONNECTIONS)))
         else:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun
