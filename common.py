@@ -322,6 +322,9 @@ class Session(Protocol):
     async def hindrance(self, item: str) -> str | None:
         """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""
 
+    def cpu_seconds(self) -> dict[str, float] | None:
+        """Processor seconds of this process and of its servers and workers so far, where they can be read."""
+
     def close(self) -> None:
         """End every process of ours."""
 
@@ -607,6 +610,11 @@ def listing(category: Category) -> str:
         notes += ["runs alone"] if item.alone else []
         notes += [f"lesson of {lesson.last - lesson.first + 1} lines"] if lesson and lesson.example else []
         lines.append(f"{item.id}  {item.title}" + (f" ({', '.join(notes)})" if notes else ""))
+    from harness.record import age_of, recorded_here
+
+    recorded = recorded_here()
+    age = age_of(recorded) if recorded else None
+    lines += [f"results/ is older than what is installed: {age}"] if age else []
     return "\n".join(lines) + "\n"
 
 
@@ -748,6 +756,7 @@ async def _evaluate(options: argparse.Namespace, session: Session, screen: Scree
     screen.summary(results, session, time.monotonic() - begun)
     for line in left:
         screen.line(line)
+    session.environment["cpu_seconds"] = session.cpu_seconds()
     record = record_of(screen.category, session, results)
     if options.json:
         write_json(options.json, record)

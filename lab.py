@@ -38,7 +38,8 @@ from harness.faults import (
     withhold,
 )
 from harness.given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
-from harness.servers import TUNED, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
+from harness.machine import until
+from harness.servers import TUNED, Finished, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
 from harness.settings import (
     CLI_ALONE,
     LEFT,
@@ -65,6 +66,7 @@ import logging
 import os
 import platform
 import random
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -86,31 +88,9 @@ from temporalio.worker import Worker
 
 # What scripts, cluster.py and tests take from here though it stands in harness/.
 __all__ = [
-    "EVERY",
-    "TUNED",
-    "Call",
-    "Child",
-    "Fault",
-    "Guard",
-    "Nursery",
-    "Server",
-    "die",
-    "die_before",
-    "fail",
-    "free_port",
-    "hold",
-    "make_folder",
-    "make_worker",
-    "never_answer",
-    "note",
-    "notes",
-    "port_is_free",
-    "refuse",
-    "sandbox",
-    "slow",
-    "slowness",
-    "tail",
-    "withhold",
+    "EVERY", "TUNED", "Call", "Child", "Fault", "Finished", "Guard", "Nursery", "Server", "die", "die_before", "fail",
+    "free_port", "hold", "make_folder", "make_worker", "never_answer", "note", "notes", "port_is_free", "refuse",
+    "sandbox", "slow", "slowness", "tail", "until", "withhold",
 ]  # fmt: skip
 
 # 1. The lab ------------------------------------------------------------------------------------------
@@ -179,15 +159,6 @@ class Books:
     def _do(self, statement: str, *values: object) -> list[Any]:
         with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
             return connection.execute(statement, values).fetchall()
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 class Lab:
@@ -438,23 +409,6 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
 # 2. Looking: the ledger, bounded waits, and what the server says -------------------------------------
 
 
-async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
-    """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
-
-    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after
-    `seconds`, which grow on a slow machine.
-    """
-    seconds *= slowness()
-    begun = time.monotonic()
-    while True:
-        met = condition()
-        if await met if inspect.isawaitable(met) else met:
-            return time.monotonic() - begun
-        if time.monotonic() > begun + seconds:
-            raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
-        await asyncio.sleep(every)
-
-
 def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> list[str]:
     """Where keywords such as "try" stand in the source of functions or classes: what a demonstration adds itself."""
     found = []
@@ -675,6 +629,20 @@ class Session:
         if path := os.environ.get(LEFT):
             inventory.hand_over(path)
         return inventory.told()
+
+    def cpu_seconds(self) -> dict[str, float] | None:
+        """Processor seconds: of this process, and of the servers and workers it started, those that ended too."""
+        try:
+            import psutil
+        except ImportError:
+            return None
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        others = ended.ru_utime + ended.ru_stime
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                used = child.cpu_times()
+                others += used.user + used.system + used.children_user + used.children_system
+        return {"own": round(time.process_time(), 2), "servers_and_workers": round(others, 2)}
 
     def close(self) -> None:
         """Every process of ours is gone when this returns, and so is the folder."""

@@ -7,6 +7,7 @@ This file adds nothing to them: it counts, applies the fail-closed rule, and sho
 from common import (
     HERE,
     Unusable,
+    check_baseline,
     check_writable,
     is_unicode,
     leave,
@@ -16,8 +17,13 @@ from common import (
     stars_text,
     stop_signals,
     wrapped,
+    write_json,
 )
+from harness.compare import compare, lines_of, status_of
 from harness.given import Inventory, handed_over
+from harness.machine import ROOM
+from harness.page import Rated, html_of, junit_of, summary_of
+from harness.record import CategoryRecord, Run, load_run
 from harness.settings import (
     LEFT,
     Target,
@@ -47,7 +53,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -67,6 +72,7 @@ CAP = 2
 NEEDED = 4
 
 PICTURE = HERE / "docs" / "run_all.svg"
+PLOTS = ("pf_latency.svg", "pf_fanout.svg", "pf_payload.svg")  # what script 07 draws with --plot
 
 ASSUMPTIONS = {
     "run time": "minutes to hours",
@@ -310,7 +316,7 @@ async def run_scripts(scripts: Sequence[Script], board: Board, options: argparse
     async def one(script: Script, *arguments: str) -> None:
         async with places:
             board.begin(script)
-            await script.run(*shared, *arguments)
+            await script.run(*(fail_closed_of(script.path) if options.fail_closed else []), *shared, *arguments)
             if script.code == 2:
                 raise Unusable(script.errors.partition(": ")[2] or script.errors)
             board.end(script)
@@ -343,6 +349,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("scripts", nargs="*", metavar="NUMBER", help="run only these scripts, such as 01")
     parser.add_argument("--record", nargs="?", const=str(HERE / "results"), metavar="DIR", help="keep the verdicts")
     parser.add_argument("--pictures", action="store_true", help="draw the tables and what script 07 measured in docs/")
+    parser.add_argument("--against", metavar="RUN", help="say what differs from a recorded run: a folder or a file")
+    parser.add_argument("--accept", action="store_true", help="with --against: write this run in its place")
+    parser.add_argument("--html", metavar="FILE", help="write a page of this run; with --against of both, side by side")
+    parser.add_argument("--junit", metavar="FILE", help="write JUnit XML: a test case an item")
+    parser.add_argument("--fail-closed", action="store_true", help="run only the items that cap the rating")
+    parser.add_argument("--timings", action="store_true", help="print where the time goes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="scripts at a time (default: the cores)")
     parser.add_argument("--profile", metavar="NAME", help="a TOML profile that names the server to evaluate")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
@@ -357,6 +369,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.jobs < 1:
         raise Unusable("--jobs must be 1 or more.")
     options.paths = [path for number, path in found.items() if not options.scripts or number in options.scripts]
+    if options.fail_closed:
+        options.paths = [path for path in options.paths if fail_closed_of(path)]
     if options.record:
         try:
             os.makedirs(options.record, exist_ok=True)
@@ -366,7 +380,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.pictures:
         PICTURE.parent.mkdir(exist_ok=True)
         check_writable("pictures", str(PICTURE))
+    for option in ("html", "junit"):
+        check_writable(option, getattr(options, option))
+    check_baseline(options.against, options.accept)
     return options
+
+
+def fail_closed_of(path: Path) -> list[str]:
+    """The ids of the fail-closed items of a script, told by the letters in its name, such as 01_ex_..."""
+    return [id for id in FAIL_CLOSED if id[:2].lower() == path.name[3:5]]
 
 
 def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespace) -> int:
@@ -390,14 +412,79 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
                 target = Path(options.record) / script.file.name
                 target.write_text(script.file.read_text(encoding="utf-8"), encoding="utf-8")
         board.line(f"Recorded in {options.record}")
+    if options.timings:
+        timings(scripts, board)
+    differs = hand_over(records, board, options, assumptions) if records else 0
     failed = [id for id in rating.capped_by if id in items]
-    return 1 if failed or rating.inconclusive or len(records) < len(scripts) else 0
+    return 1 if failed or rating.inconclusive or len(records) < len(scripts) or differs else 0
+
+
+def timings(scripts: Sequence[Script], board: Board) -> None:
+    """Print where the time went: a line a script, and its slowest items."""
+    board.line("")
+    board.line("Where the time went: wall and processor seconds, and the slowest items", "bold")
+    total = collections.Counter[str]()
+    for script in scripts:
+        record = script.record
+        if record is None:
+            continue
+        cpu = record["environment"].get("cpu_seconds") or {"own": 0.0, "servers_and_workers": 0.0}
+        total.update({"wall": script.seconds, **cpu})
+        slowest = sorted(record["items"], key=lambda item: -item["seconds"])[:3]
+        told = ", ".join(f"{item['id']} {item['seconds']:.1f}" for item in slowest)
+        cost = f"{cpu['own']:.1f} own + {cpu['servers_and_workers']:.1f} servers and workers"
+        board.line(f"{script.number} {record['category']}  {script.seconds:5.1f} s, {cost}; {told}", hang=7)
+    cost = f"{total['own']:.0f} own + {total['servers_and_workers']:.0f} servers and workers"
+    board.line(f"in all  {total['wall']:.0f} s one after the other, {cost} processor seconds")
+
+
+def rated(run: Run, assumptions: Mapping[str, str]) -> Rated:
+    """A run with its rating."""
+    items = {id: item.model_dump() for id, item in run.items.items()}
+    return Rated(run, rate(items, assumptions))
+
+
+def hand_over(
+    records: Sequence[Mapping[str, Any]], board: Board, options: argparse.Namespace, assumptions: Mapping[str, str]
+) -> int:
+    """Compare with another run, and write the page, JUnit and summary asked for. Returns 1 where a run differs so
+    that it matters: something was lost, or the other run is stale.
+    """
+    here = Run("this run", [CategoryRecord.model_validate(record) for record in records])
+    there = load_run(Path(options.against)) if options.against else None
+    changes = compare(there, here) if there else None
+    if there and changes is not None:
+        board.line("")
+        for style, text in lines_of(there, here, changes):
+            board.line(text, style, hang=7)
+    runs = [rated(run, assumptions) for run in (there, here) if run]
+    if options.html:
+        plots = [path for name in PLOTS if (path := HERE / "docs" / name).exists()]
+        Path(options.html).write_text(html_of(runs, plots), encoding="utf-8")
+        board.line(f"A page of {'both runs' if there else 'the run'}: {options.html}")
+    if options.junit:
+        Path(options.junit).write_bytes(junit_of(here))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(summary_of(runs[-1], changes))
+    if there and options.accept:
+        accept(Path(options.against), records, board)
+        return 0
+    return status_of(changes) if changes is not None else 0
+
+
+def accept(path: Path, records: Sequence[Mapping[str, Any]], board: Board) -> None:
+    """Write this run where the other one stands: a file a script."""
+    for record in records:
+        stem = next(one.stem for one in HERE.glob("[0-9][0-9]_*.py") if record["category"].lower() in one.stem[3:])
+        write_json(path / f"{stem}.json" if path.is_dir() else path, record)
+    board.line(f"Accepted: {path}")
 
 
 def draw(console: Console) -> None:
     """Draw the tables that were just printed as a terminal picture that needs nothing from the network."""
-    form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    console.save_svg(str(PICTURE), title="uv run run_all.py", code_format=form, unique_id="run-all")
+    picture = console.export_svg(title="uv run run_all.py", unique_id="run-all")
+    PICTURE.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
 
 
 async def main(options: argparse.Namespace) -> int:
@@ -408,6 +495,7 @@ async def main(options: argparse.Namespace) -> int:
     guard = Guard(folder)
     left = folder / "left.txt"
     os.environ[LEFT] = str(left)
+    os.environ[ROOM] = str(folder)  # so that an item which measures has the machine to itself over all scripts
     scripts = [Script(path, folder, guard) for path in options.paths]
     signal_number = signal.SIGTERM
     try:

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import fcntl
+import inspect
 import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,3 +95,20 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
+
+
+async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
+    """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
+
+    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after
+    `seconds`, which grow on a slow machine.
+    """
+    seconds *= slowness()
+    begun = time.monotonic()
+    while True:
+        met = condition()
+        if await met if inspect.isawaitable(met) else met:
+            return time.monotonic() - begun
+        if time.monotonic() > begun + seconds:
+            raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
+        await asyncio.sleep(every)

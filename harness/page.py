@@ -27,13 +27,20 @@ FILTERS = (
 class Rating(Protocol):
     """What a page says of the whole of a run: see run_all.py."""
 
-    mean: float | None
-    stars: int | None
-    judged: int
-    inconclusive: int
-    not_run: int
-    missing: int
-    capped_by: Sequence[str]
+    @property
+    def mean(self) -> float | None: ...
+    @property
+    def stars(self) -> int | None: ...
+    @property
+    def judged(self) -> int: ...
+    @property
+    def inconclusive(self) -> int: ...
+    @property
+    def not_run(self) -> int: ...
+    @property
+    def missing(self) -> int: ...
+    @property
+    def capped_by(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def junit_of(run: Run) -> bytes:
         for item in category.items:
             suite.add_testcase(_case(category, item))
         whole.add_testsuite(suite)
-    text: bytes = whole.tostring()
+    text: bytes = whole.tostring()  # type: ignore[no-untyped-call]
     return text
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
@@ -218,3 +219,12 @@ class Server:
 def tail(path: Path, characters: int = 400) -> str:
     """The end of a log file on one line, for an error message."""
     return " ".join(path.read_text(errors="replace")[-characters:].split()) if path.exists() else ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str

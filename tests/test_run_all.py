@@ -241,3 +241,17 @@ def test_a_closed_pipe_ends_it(tmp_path: Path) -> None:
     assert process.stderr
     assert process.stderr.read() == ""
     assert tagged(tag) == []
+
+
+def test_only_the_fail_closed_items_are_run_where_that_is_asked(tmp_path: Path) -> None:
+    command = project(tmp_path, _01_ex="TT-01 TT-02", _06_cp="TT-02")
+    text = (tmp_path / "01_ex.py").read_text().replace('"TT-01"', '"EX-01"').replace('"TT-02"', '"EX-03"')
+    (tmp_path / "01_ex.py").write_text(text.replace("['TT-01', 'TT-02']", "['EX-01', 'EX-03']"))
+    done = run(command, "--fail-closed", cwd=tmp_path)
+    assert "EX-01  \u2605\u2605\u2605\u2605\u2605" in done.stdout, done.stdout + done.stderr
+    assert "06_cp" not in done.stdout
+
+
+def test_timings_say_where_the_time_went(tmp_path: Path) -> None:
+    done = run(project(tmp_path, _01_aa="TT-01"), "--timings", cwd=tmp_path)
+    assert re.search(r"01 TT +[\d.]+ s, [\d.]+ own \+ [\d.]+ servers and workers; TT-01 [\d.]+", done.stdout)

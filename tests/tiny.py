@@ -7,6 +7,8 @@ from common import (
     Category,
     Evidence,
     NotRun,
+    Spread,
+    at_least,
     cited,
     control,
     equal,
@@ -21,6 +23,7 @@ from lab import Lab, run
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 
 from temporalio import workflow
@@ -105,6 +108,20 @@ async def looks(lab: Lab) -> AsyncIterator[Evidence]:
     yield control(
         "one that does not exist is not found", (await lab.cli("workflow", "describe", "-w", "no")).code == 1, ""
     )
+
+
+STEP = 0.01  # seconds
+
+
+@TT.item("TT-11", "Measures", alone=True)
+async def measures(lab: Lab) -> AsyncIterator[Evidence]:
+    took = []
+    for _ in range(9):
+        begun = time.monotonic()
+        await asyncio.sleep(STEP)
+        took.append(1000 * (time.monotonic() - begun))
+    yield works("a step takes its time", a_step=at_least(Spread.of(took, "ms"), 1000 * STEP * 0.9))
+    yield control("the failure is there without it", True, "0 of 1")
 
 
 if __name__ == "__main__":
