@@ -17,6 +17,7 @@ from helpers import ROOT, Verdicts, evaluate, run, tiny
 from servers import gateway, given_server, nginx
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
+from test_bad_input import refused
 
 OFF = {
     "frontend__enableSchedules": "false",
@@ -374,6 +375,11 @@ def test_a_server_behind_nginx_is_used_as_any_other(switched_off: Server, tmp_pa
 def test_who_answers_in_place_of_the_server_is_said(said: str, what: str) -> None:
     assert str(between(said)).endswith(what)
     assert "something between" in str(refusal(rpc(RPCStatusCode.INTERNAL, said)))
+
+
+def test_a_proxy_whose_server_is_away_is_told_from_a_server(tmp_path: Path) -> None:
+    with nginx("127.0.0.1:9", tmp_path) as address:
+        assert "something between here and it" in refused(tiny(tmp_path), "TT-05", **given(address))
 
 
 @pytest.mark.parametrize("said", ["workflow not found", "received message larger than max (4194500 vs. 4194304)"])
