@@ -223,6 +223,10 @@ def listed(numbers: list[int]) -> str:
 CROWD = 1000
 
 
+CROWDED = f"{CROWD} concurrent signals to one workflow: none lost, none twice, handled in the order of the history"
+
+
+@piece(holds(CROWDED))
 async def concurrent_signals(lab: Lab) -> Evidence:
     handle, database = await open_workflow(lab, "crowd")
     begun = time.monotonic()
@@ -233,7 +237,7 @@ async def concurrent_signals(lab: Lab) -> Evidence:
         result = await handle.result()
     received, recorded = booked(database), [int(one) for one in await signalled(handle)]
     return holds(
-        f"{CROWD} concurrent signals to one workflow: none lost, none twice, handled in the order of the history",
+        CROWDED,
         sorted(received) == list(range(CROWD)) and received == recorded and result == CROWD,
         f"{CROWD} signals accepted in {sent:.1f} s, in the table after {time.monotonic() - begun:.1f} s: "
         f"{len(received)} rows, {len(set(received))} different numbers; signal events: {len(recorded)}; "
@@ -399,7 +403,8 @@ async def external_signals(lab: Lab) -> AsyncIterator[Evidence]:
     parts = (wakes_a_workflow, before_any_worker, kill_plain_program, undecodable, kill_worker_and_server)
     async for evidence in side_by_side(*(part(lab) for part in parts)):
         yield evidence
-    yield await concurrent_signals(lab)
+    for evidence in await concurrent_signals(lab):
+        yield evidence
     yield native(
         "a signal is a method of the workflow; nothing was built to keep, order or deliver it",
         workflow.signal,

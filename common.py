@@ -319,6 +319,9 @@ class Session(Protocol):
     async def stay(self, say: Callable[[str], None], stopped: "asyncio.Future[int]") -> None:
         """Leave the server up until a signal comes."""
 
+    async def hindrance(self, item: str) -> str | None:
+        """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""
+
     def cpu_seconds(self) -> dict[str, float] | None:
         """Processor seconds of this process and of its servers and workers so far, where they can be read."""
 
@@ -339,8 +342,12 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
     begun = time.monotonic()
     task = asyncio.create_task(gather())
     bound = item.seconds * slowness()
-    await asyncio.wait({task}, timeout=bound)
-    if task.done():
+    hindered = await finished_or_hindered(task, item, session, bound)
+    if hindered:
+        verdict = Verdict("not_run", None, hindered)
+        task.cancel()
+        await asyncio.wait({task}, timeout=10)
+    elif task.done():
         lost = any(one.held is False for one in evidence)
         starved = await asyncio.to_thread(ticker.starved_since, begun) if lost else None
         verdict = verdict_of(evidence, task.exception(), starved)
@@ -350,6 +357,24 @@ async def run_item(item: Item, session: Session, see: Callable[[Item, Evidence],
         await asyncio.wait({task}, timeout=10)  # its processes end with the session if it does not end now
     evidence.sort(key=lambda one: get_args(Kind).index(one.kind))  # as a reader asks; it came as it came
     return Result(item, verdict, evidence, time.monotonic() - begun)
+
+
+async def finished_or_hindered(task: "asyncio.Task[None]", item: Item, session: Session, seconds: float) -> str | None:
+    """Wait for an item's end, so many seconds. Returns the server's limit that keeps it from going on, if one does.
+
+    What is seen once may pass; it counts when it is seen again, or when the item has failed meanwhile.
+    """
+    deadline, before = time.monotonic() + seconds, None
+    while not task.done() and time.monotonic() < deadline:
+        await asyncio.wait({task}, timeout=min(5, max(deadline - time.monotonic(), 0)))
+        failed = task.done() and task.exception() is not None and refusal(task.exception()) is None
+        if task.done() and not failed:
+            return None
+        seen = await session.hindrance(item.id)
+        if seen and (failed or before):
+            return seen
+        before = seen
+    return None
 
 
 def verdict_of(evidence: Sequence[Evidence], error: BaseException | None, starved: str | None) -> Verdict:
@@ -395,6 +420,8 @@ class Screen:
         with_what = f"SDK {facts['sdk']}, Python {facts['python']}, {facts['cpus']} cores"
         speed = f"{facts['speed']:.1f} times as slow as the reference machine"
         self.line(f"{where}; {with_what}, {speed}; seed {session.seed}", "dim")
+        for remark in session.remarks:
+            self.line(remark, "dim")
         if self._live:
             self._live.start()
 

@@ -37,7 +37,7 @@ from harness.faults import (
     slow,
     withhold,
 )
-from harness.given import Capabilities, Inventory, capabilities, refused_command, remember_command
+from harness.given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
 from harness.machine import until
 from harness.servers import TUNED, Finished, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
 from harness.settings import (
@@ -46,6 +46,7 @@ from harness.settings import (
     MADE,
     MaskingFormatter,
     cli_environment,
+    connect,
     connect_to_user_server,
     is_given,
     unused_settings,
@@ -59,6 +60,7 @@ import collections
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -165,11 +167,12 @@ class Books:
 class Lab:
     """What one item works with: names, files, workers and servers that no other item touches."""
 
-    def __init__(self, session: "Session", item: str) -> None:
+    def __init__(self, session: "Session", item: str, clients: Sequence[Client]) -> None:
         self._session = session
         self.id = f"{item}-{session.token}"
         self.task_queue = self.id
-        self.client, self.target = session.client, session.target
+        self.client, self.target = clients[0], session.target
+        self._for_workers = itertools.cycle(clients)
         self.seed = session.seed
         self.random = random.Random(f"{session.seed}/{item}")
         self.folder = session.folder / item
@@ -217,7 +220,7 @@ class Lab:
         `faults` are put into its activities, and `shortened` gives these other timeouts (see faults.py). Its
         activity calls are in calls(), unless it is not `watched`.
         """
-        client = options.pop("client", server.client if server else self.client)
+        client = options.pop("client", None) or (server.client if server else next(self._for_workers))
         self._watch(options, faults, shortened, watched)
         return make_worker(client, task_queue or self.task_queue, workflows, activities, **options)
 
@@ -504,6 +507,7 @@ async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
 
 # As on the dev server (see TUNED): a timer of 50 ms does not round up to a second. Nothing promised changes by it.
 CLUSTER_TUNED = {"history.timerProcessorMaxTimeShift": "1ms"}
+CONNECTIONS = 6  # of an item to a server of the user's
 
 
 class Session:
@@ -538,6 +542,7 @@ class Session:
         self._cluster: Cluster | None = None
         self._ui_port: int | None = None
         self._client: Client | None = None
+        self._clients: dict[str, Sequence[Client]] = {}
         handler = logging.FileHandler(self.log)
         handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -562,7 +567,11 @@ class Session:
 
     def lab(self, item: str) -> Lab:
         self._prefixes.append(f"{item}-{self.token}")
-        return Lab(self, item)
+        return Lab(self, item, self._clients.get(item, [self.client]))
+
+    async def hindrance(self, item: str) -> str | None:
+        """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""
+        return await hindrance(self.client, f"{item}-{self.token}") if self._embedded is None else None
 
     def new_nursery(self, modules: Sequence[str] = ()) -> Nursery:
         self._nurseries.append(Nursery(self.log, self.folder, modules))
@@ -579,6 +588,10 @@ class Session:
             await self._start_cluster()
         elif user_settings():
             self._client = await connect_to_user_server()
+            # What stands before a server may allow a connection only so many calls at a time (nginx 128), and every
+            # poller of a worker is one that lasts a minute: so each item has some, and its workers use them by turns.
+            for item in self.options.chosen:
+                self._clients[item.id] = await asyncio.gather(*(connect(Target(None)) for _ in range(CONNECTIONS)))
         else:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun

@@ -28,10 +28,19 @@ from temporalio.api.deployment.v1 import WorkerDeploymentVersion
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.update.v1 import Input, Meta, Request, WaitPolicy
 from temporalio.client import Client, WorkflowExecutionStatus
+from temporalio.exceptions import FailureError
 from temporalio.service import RPCError, RPCStatusCode
 
 # 1. Refusals ------------------------------------------------------------------------------------------
 
+# How a server says that something is more than it was set to allow. That is looked for on a server of the user's only:
+# on one of our own the limits are known, and to run into one is a finding.
+# The words are the server's own: a model or a service that an item calls has limits of its rate, too.
+OVER_A_LIMIT = (
+    r"(?i)of (concurrent )?in-flight updates|total number of (distinct )?updates|update registry size limit"
+    r"|workflow execution limit|limit reached for maximum signals|workflow (history|mutable state) \w+ exceeds limit"
+    r"|(namespace|service|reuse) rate limit exceeded|per.second limit exceeded|concurrent poller limit"
+)
 SWITCHED_OFF = r"(?i)disabled|not (yet )?(enabled|allowed|supported|implemented|permitted)|permission|unauthorized"
 
 
@@ -39,8 +48,7 @@ def refusal(error: BaseException | None) -> str | None:
     """Why a server refused, in a sentence, when `error` or one of its causes says that it did; else None.
 
     A refusal is a setting of the server, or of what stands before it, and no fault of Temporal's: the call is not
-    offered, not permitted, switched off, or over a limit that somebody set. The last only on a server of the
-    user's: on one of our own the limits are known, and to run into one is a finding.
+    offered, not permitted, switched off, or over a limit that somebody set.
     """
     while error is not None:
         if isinstance(error, NotRun):
@@ -55,8 +63,55 @@ def refusal(error: BaseException | None) -> str | None:
             if off and re.search(SWITCHED_OFF, said):
                 return f"the server refuses it ({error.status.name}: {said})"
             if error.status == RPCStatusCode.RESOURCE_EXHAUSTED and is_given():
-                return f"a limit of the server is in the way ({said})"
+                return over_a_limit(said)
+        if isinstance(error, RPCError | FailureError) and re.search(OVER_A_LIMIT, str(error)) and is_given():
+            return over_a_limit(redacted(str(error))[:200])
         error = error.__cause__
+    return None
+
+
+def over_a_limit(said: str) -> str:
+    return f"a limit of the server is in the way: {said}"
+
+
+async def hindrance(client: Client, prefix: str) -> str | None:
+    """What on the server keeps workflows whose ids begin with `prefix` from going on, when that is a limit; else None.
+
+    Such a workflow seldom fails: its workflow task or its activity is tried again and again, and whoever waits
+    for it would wait for ever.
+    """
+    with contextlib.suppress(RPCError):
+        query = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{prefix}"'
+        async for run in client.list_workflows(query, limit=30):
+            raw = (await client.get_workflow_handle(run.id).describe()).raw_description
+            for pending in raw.pending_activities:
+                if pending.attempt > 1 and re.search(OVER_A_LIMIT, pending.last_failure.message):
+                    return over_a_limit(redacted(pending.last_failure.message)[:200])
+            if raw.pending_workflow_task.attempt > 2 and (why := await _limit_in_history(client, run.id)):
+                return over_a_limit(why)
+        # Others have ended by it: terminated when their history had grown too long, or told by what they called.
+        query = f'ExecutionStatus != "Running" AND WorkflowId STARTS_WITH "{prefix}"'
+        async for run in client.list_workflows(query, limit=20):
+            request = service.GetWorkflowExecutionHistoryReverseRequest(
+                namespace=client.namespace, maximum_page_size=12, execution=WorkflowExecution(workflow_id=run.id)
+            )
+            page = (await client.workflow_service.get_workflow_execution_history_reverse(request)).history
+            for event in page.events:
+                said = event.workflow_execution_terminated_event_attributes.reason
+                said += event.activity_task_failed_event_attributes.failure.message
+                if re.search(OVER_A_LIMIT, said):
+                    return over_a_limit(redacted(said)[:200])
+    return None
+
+
+async def _limit_in_history(client: Client, id: str) -> str | None:
+    """The name of the limit for which the latest workflow task failed."""
+    events = (await client.get_workflow_handle(id).fetch_history()).events
+    causes = temporalio.api.enums.v1.WorkflowTaskFailedCause
+    for event in reversed(events):
+        if event.HasField("workflow_task_failed_event_attributes"):
+            name = causes.Name(event.workflow_task_failed_event_attributes.cause)
+            return name.removeprefix("WORKFLOW_TASK_FAILED_CAUSE_") if name.endswith("LIMIT_EXCEEDED") else None
     return None
 
 
@@ -285,6 +340,7 @@ class Inventory:
         self._client, self._ask, self._space = client, client.workflow_service, client.namespace
         self._prefixes = tuple(prefixes)
         self._made = made_so_far(made_file()) if prefixes else []
+        self._seen: set[str] = set()  # workflows that are there, running or not
         self.removed: dict[str, int] = {}
         self.kept: list[Kept] = []
 
@@ -416,7 +472,7 @@ class Inventory:
         """Those that were noted, with their children; then whatever the server lists, until its list has caught up."""
         noted = list(dict.fromkeys(self._names("workflow")))
         await self._end(noted)
-        latest = noted[-1] if noted else None
+        latest = next((id for id in reversed(noted) if id in self._seen), None)
         deadline = time.monotonic() + 10
         with unavailable():
             while True:
@@ -447,6 +503,7 @@ class Inventory:
         """Terminate a workflow and the children that it would leave. Says whether it was running."""
         handle = self._client.get_workflow_handle(id)
         described = await handle.describe()
+        self._seen.add(id)
         children = [one.workflow_id for one in described.raw_description.pending_children]
         for child in children:
             with absent():
@@ -549,9 +606,11 @@ class Inventory:
 
     async def _remove_deployment(self, name: str) -> str | None:
         """Remove a deployment with its versions. Returns why the server did not, or None when it is gone."""
+        told = False
         try:
             request = service.DescribeWorkerDeploymentRequest(namespace=self._space, deployment_name=name)
             info = (await self._ask.describe_worker_deployment(request)).worker_deployment_info
+            told = True
             await self._route_nowhere(name)
             for one in info.version_summaries:
                 version = WorkerDeploymentVersion(
@@ -567,8 +626,8 @@ class Inventory:
             )
             await self._ask.delete_worker_deployment(last)
         except RPCError as error:
-            if error.status == RPCStatusCode.NOT_FOUND:
-                return None
+            if error.status == RPCStatusCode.NOT_FOUND or not told:
+                return None  # it is not there, or the server has no deployments at all
             if POLLED in error.message:
                 return f"the server keeps a version until it has forgotten its workers, some minutes ({POLLED})"
             return refusal(error) or redacted(error.message)

@@ -643,6 +643,11 @@ def _hints(settings: Mapping[str, Any]) -> Iterator[str]:
 
 # What a failed connection says -> what it means. The first match counts. Texts: SDK 1.35 (tonic, rustls).
 CONNECTION_TROUBLE = (
+    (
+        r"compression flag|grpc-status header missing|text/html",
+        "something between here and it, such as a proxy, answers in its place, as to a browser. Correct "
+        "TEMPORAL_ADDRESS, or let the proxy pass gRPC on to a server that runs.",
+    ),
     (r"Connection ?refused", "nobody listens there. Start the server or correct TEMPORAL_ADDRESS."),
     (r"dns error", "the host name is not known. Correct TEMPORAL_ADDRESS."),
     (r"NotValidForName", "its certificate is for another name. Correct TEMPORAL_TLS_SERVER_NAME or the address."),

@@ -1,18 +1,22 @@
 """Servers as others run them, for the tests: with other settings, and behind what companies put in front."""
 
 from harness.settings import find_cli
-from lab import Guard, Server
+from lab import Guard, Server, free_port, port_is_free
 
 import asyncio
 import concurrent.futures
 import contextlib
+import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import grpc
+import pytest
 
 Refuse = Callable[[str, Mapping[str, str]], tuple[grpc.StatusCode, str] | bytes | None]
 
@@ -124,3 +128,31 @@ def connect_proxy(routes: Mapping[str, str]) -> Iterator[ConnectProxy]:
     yield ConnectProxy(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}", seen)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
+
+
+@contextlib.contextmanager
+def nginx(address: str, folder: Path, more: str = "") -> Iterator[str]:
+    """nginx with its default settings in front of a server, as `grpc_pass` has it. Yields its address."""
+    program = shutil.which("nginx") or "/usr/sbin/nginx"
+    if not Path(program).exists():
+        pytest.skip("nginx is not installed")
+    port = free_port()
+    temporary = " ".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log; worker_processes 1;\n"
+        f"events {{}}\nhttp {{ access_log off; {temporary}\n"
+        f"server {{ listen 127.0.0.1:{port} http2; location / {{ grpc_pass grpc://{address}; }} {more} }} }}\n"
+    )
+    process = subprocess.Popen([program, "-c", f"{folder}/nginx.conf"], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while port_is_free(port):
+            assert process.poll() is None, (folder / "nginx.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -4,6 +4,7 @@ from harness.settings import connect
 from lab import Server
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import grpc
 import pytest
 import temporalio.api.operatorservice.v1 as operator
 import temporalio.api.workflowservice.v1 as service
-from helpers import SCRIPTS, environment, evaluate, tiny
+from helpers import ROOT, SCRIPTS, environment, evaluate, run, tiny
 from servers import gateway, given_server
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.client import Client
@@ -290,3 +291,33 @@ def test_a_whole_script_leaves_nothing(server: Server, tmp_path: Path, script: P
     verdicts = evaluate(script, tmp_path, env=given(server) | {"OPENAI_API_KEY": ""}, seconds=500)
     after = asyncio.run(inventory(server, asyncio.run(queues_of(server))))
     assert after == before, verdicts.out
+
+
+@pytest.mark.all
+def test_run_all_waits_for_what_the_server_lets_go_later(tmp_path: Path) -> None:
+    """A version is kept for 20 s here after its worker was there; the script alone does not wait so long."""
+    with given_server(tmp_path, matching__PollerHistoryTTL='"20s"') as own:
+        shutil.copy(ROOT / "run_all.py", leaver(tmp_path).with_name("run_all.py"))
+        text = (tmp_path / "leaver.py").read_text()
+        (tmp_path / "05_leaver.py").write_text(text.replace("run(LL)", "LL.items = LL.items[:1]\n    run(LL)"))
+        before = asyncio.run(inventory(own))
+        done = run(tmp_path / "run_all.py", cwd=tmp_path, env=given(own), seconds=300)
+        assert "1 worker deployments are still on your server" in " ".join(done.stdout.split()), (
+            done.stdout + done.stderr
+        )
+        assert "Taken away from your server: 1 worker deployments" in done.stdout
+        assert asyncio.run(inventory(own)) == before
+
+
+@pytest.mark.all
+def test_the_next_run_removes_what_an_earlier_one_had_to_leave(tmp_path: Path) -> None:
+    with given_server(tmp_path, matching__PollerHistoryTTL='"9s"') as own:
+        script = leaver(tmp_path)
+        evaluate(script, tmp_path, "LL-01", env=given(own))
+        assert asyncio.run(inventory(own))["deployments"]
+        time.sleep(9)
+        # What began half an hour ago is of a run that has ended; here that is at once.
+        given_py = tmp_path / "harness" / "given.py"
+        given_py.write_text(given_py.read_text().replace("timedelta(minutes=30)", "timedelta(seconds=1)"))
+        evaluate(tmp_path / "tiny.py", tmp_path, "TT-08", env=given(own))
+        assert asyncio.run(inventory(own))["deployments"] == []

@@ -1,19 +1,23 @@
 """Servers that are set up differently: what they refuse is not run, at once and by name; the rest is judged."""
 
 from common import Evidence, holds, piece, side_by_side
-from harness.given import refusal
+from harness.given import between, refusal
 from lab import Server
 
 import asyncio
+import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from helpers import ROOT, Verdicts, evaluate, tiny
-from servers import gateway, given_server
+from helpers import ROOT, Verdicts, evaluate, run, tiny
+from servers import gateway, given_server, nginx
+from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
+from test_bad_input import refused
 
 OFF = {
     "frontend__enableSchedules": "false",
@@ -156,6 +160,131 @@ def test_what_is_a_refusal(error: BaseException | None, refused: bool) -> None:
 def test_a_limit_of_somebodys_server_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEMPORAL_ADDRESS", "a.test:1")
     assert "a limit" in str(refusal(rpc(RPCStatusCode.RESOURCE_EXHAUSTED, "namespace rate limit exceeded")))
+    for said in (
+        "exceeded workflow execution limit for signal events",
+        "limit on number of concurrent in-flight updates has been reached (5)",
+        "Workflow history count exceeds limit.",
+    ):
+        assert said in str(refusal(ApplicationError(said)))
+    # A model that an item asks has limits of its own, and they are no reason to leave the item out.
+    assert refusal(ApplicationError("Rate limit reached for requests")) is None
+
+
+LIMITED = '''
+from common import Category, Evidence, control, works
+from lab import Lab, run
+
+import asyncio
+import json
+import os
+import datetime
+
+from temporalio import activity, workflow
+from temporalio.client import WorkflowUpdateStage
+
+LL = Category("LL", "Limited", "Is a limit of the server noticed?")
+
+
+@activity.defn
+async def nothing() -> None:
+    await asyncio.sleep(0)
+
+
+@workflow.defn
+class Wide:
+    """More activities at once than a server of this test lets wait."""
+
+    @workflow.run
+    async def run(self) -> None:
+        options = {"start_to_close_timeout": datetime.timedelta(seconds=30)}
+        await asyncio.gather(*(workflow.execute_activity(nothing, **options) for _ in range(20)))
+
+
+@workflow.defn
+class Long:
+    """A longer history than a server of this test keeps."""
+
+    @workflow.run
+    async def run(self) -> None:
+        for _ in range(40):
+            await workflow.execute_activity(nothing, start_to_close_timeout=datetime.timedelta(seconds=30))
+
+
+@workflow.defn
+class Asked:
+    @workflow.run
+    async def run(self) -> None:
+        await workflow.wait_condition(lambda: False)
+
+    @workflow.update
+    async def ask(self) -> None:
+        await workflow.wait_condition(lambda: False)
+
+    @workflow.signal
+    def tell(self) -> None: ...
+
+
+async def shows(lab: Lab, workflow_type: type):
+    async with lab.worker([workflow_type], [nothing]):
+        await lab.client.execute_workflow(workflow_type.run, id=lab.id, task_queue=lab.task_queue)
+    yield works("it works", True, "")
+    yield control("a control", True, "")
+
+
+@LL.item("LL-01", "Pending activities")
+async def wide(lab: Lab):
+    async for evidence in shows(lab, Wide):
+        yield evidence
+
+
+@LL.item("LL-02", "History")
+async def long(lab: Lab):
+    async for evidence in shows(lab, Long):
+        yield evidence
+
+
+@LL.item("LL-03", "Updates")
+async def updates(lab: Lab):
+    async with lab.worker([Asked]):
+        handle = await lab.client.start_workflow(Asked.run, id=lab.id, task_queue=lab.task_queue)
+        accepted = WorkflowUpdateStage.ACCEPTED
+        await asyncio.gather(*(handle.start_update(Asked.ask, wait_for_stage=accepted) for _ in range(4)))
+    yield works("it works", True, "")
+    yield control("a control", True, "")
+
+
+@LL.item("LL-04", "Signals")
+async def signals(lab: Lab):
+    handle = await lab.client.start_workflow(Asked.run, id=lab.id, task_queue=lab.task_queue)
+    for _ in range(20):
+        await handle.signal(Asked.tell)
+    yield works("it works", True, "")
+    yield control("a control", True, "")
+
+
+if __name__ == "__main__":
+    run(LL)
+'''
+
+
+def test_every_limit_that_is_set_lower_is_told_by_name(tmp_path: Path) -> None:
+    """Pending activities, history, updates and signals: the first hangs, the second ends, the others are refused."""
+    tiny(tmp_path)
+    (tmp_path / "limited.py").write_text(LIMITED)
+    limits = {
+        "limit__numPendingActivities__error": "10", "limit__historyCount__error": "50",
+        "history__maxInFlightUpdates": "2", "history__maximumSignalsPerExecution": "10",
+    }  # fmt: skip
+    with given_server(tmp_path, **limits) as server:
+        verdicts = evaluate(tmp_path / "limited.py", tmp_path, env=given(server.address))
+    reasons = {id: (item["outcome"], item["reason"]) for id, item in verdicts.items.items()}
+    assert {outcome for outcome, _ in reasons.values()} == {"not_run"}, verdicts.out
+    for id, words in (
+        ("LL-01", "PENDING_ACTIVITIES_LIMIT_EXCEEDED"), ("LL-02", "Workflow history count exceeds limit"),
+        ("LL-03", "in-flight updates"), ("LL-04", "execution limit for signal events"),
+    ):  # fmt: skip
+        assert "a limit of the server is in the way" in reasons[id][1]
+        assert words in reasons[id][1]
 
 
 @piece(holds("it is there"), holds("so is this"))
@@ -196,3 +325,96 @@ def test_an_item_that_is_refused_as_a_whole_is_not_run(switched_off: Server, tmp
     verdicts = evaluate(script, tmp_path, "TT-03", env=given(switched_off.address))
     assert verdicts.items["TT-03"]["outcome"] == "not_run"
     assert "Schedules are disabled" in verdicts.items["TT-03"]["reason"]
+
+
+# Limits, and what stands in front ----------------------------------------------------------------------
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("limit", [15 << 20, 7 << 19, 2 << 20, 1 << 18])
+def test_a_payload_limit_is_judged_by_how_it_behaves(tmp_path: Path, limit: int) -> None:
+    """Seen in public settings: 15 MB and 3.5 MB. The last is below the size at which a server only warns."""
+    with given_server(tmp_path, limit__blobSize__error=str(limit)) as server:
+        verdicts = evaluate(ROOT / "07_pf_performance.py", tmp_path, "PF-03", env=given(server.address))
+    assert verdicts.stars("PF-03") == 4, verdicts.out
+    assert not not_run(verdicts, "PF-03")
+    assert f"payload {limit:,} bytes" in " ".join(verdicts.out.split())
+
+
+@pytest.mark.all
+def test_behind_a_proxy_with_its_defaults_it_says_who_refuses(switched_off: Server, tmp_path: Path) -> None:
+    with nginx(switched_off.address, tmp_path) as address:
+        verdicts = evaluate(ROOT / "07_pf_performance.py", tmp_path, "PF-03", env=given(address))
+    assert verdicts.items["PF-03"]["outcome"] == "judged", verdicts.out
+    lost = not_run(verdicts, "PF-03")
+    assert len(lost) == 2
+    assert all("something between here and the server" in why and "HTTP 413" in why for why in lost.values())
+    (passes,) = verdicts.evidence("PF-03", "works")
+    assert passes["held"]
+    assert "does not arrive: something between" in passes["measured"]
+    assert "compression flag" not in verdicts.out
+
+
+def test_a_server_behind_nginx_is_used_as_any_other(switched_off: Server, tmp_path: Path) -> None:
+    closed = "location /temporal.api.operatorservice.v1.OperatorService/ { return 403; }"
+    with nginx(switched_off.address, tmp_path, closed) as address:
+        verdicts = evaluate(tiny(tmp_path), tmp_path, "TT-08", env=given(address))
+    assert verdicts.items["TT-08"]["evidence"][0]["held"], verdicts.out
+    assert "It does not offer operator calls: " in " ".join(verdicts.out.split())
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("protocol error: received message with invalid compression flag: 60 (valid flags are 0 and 1) while receiving "
+         "response with status: 413 Payload Too Large", "HTTP 413 Payload Too Large"),
+        ("grpc-status header missing, mapped from HTTP status code 502", "HTTP 502"),
+        ("invalid content-type: text/html", "with a page for a browser"),
+    ],
+)  # fmt: skip
+def test_who_answers_in_place_of_the_server_is_said(said: str, what: str) -> None:
+    assert str(between(said)).endswith(what)
+    assert "something between" in str(refusal(rpc(RPCStatusCode.INTERNAL, said)))
+
+
+def test_a_proxy_whose_server_is_away_is_told_from_a_server(tmp_path: Path) -> None:
+    with nginx("127.0.0.1:9", tmp_path) as address:
+        assert "something between here and it" in refused(tiny(tmp_path), "TT-05", **given(address))
+
+
+@pytest.mark.parametrize("said", ["workflow not found", "received message larger than max (4194500 vs. 4194304)"])
+def test_what_the_server_itself_says_is_not_taken_for_another(said: str) -> None:
+    assert between(said) is None
+
+
+# All at once -------------------------------------------------------------------------------------------
+
+EVERYTHING = OFF | {
+    "limit__blobSize__error": str(15 << 20),
+    "limit__numPendingActivities__error": "200",
+    "limit__numPendingChildExecutions__error": "100",
+    "limit__historyCount__error": "2000",
+    "history__maximumSignalsPerExecution": "500",
+    "history__maxInFlightUpdates": "5",
+}
+
+
+@pytest.mark.all
+def test_run_all_on_a_server_that_differs_in_every_way_at_once(tmp_path: Path) -> None:
+    """No question mark may be due to a setting of the server: what it refuses is not run, the rest has a verdict."""
+    closed = "location /temporal.api.operatorservice.v1.OperatorService/ { return 403; }"
+    with given_server(tmp_path, **EVERYTHING) as server, nginx(server.address, tmp_path, closed) as address:
+        env = given(address) | {"OPENAI_API_KEY": "", "TEMPORAL_DOTENV": os.devnull}
+        done = run("run_all.py", "--record", str(tmp_path / "record"), env=env, seconds=3000)
+    items = {
+        item["id"]: item
+        for file in (tmp_path / "record").glob("[01]*.json")
+        for item in json.loads(file.read_text(encoding="utf-8"))["items"]
+    }
+    assert len(items) == 58, done.stdout + done.stderr
+    asking = {id: item["reason"] for id, item in items.items() if item["outcome"] == "inconclusive"}
+    assert not asking, asking
+    for id, item in items.items():
+        for one in item["evidence"]:
+            assert one["held"] is not None or one["measured"], id
+    assert "Temporal 1." in done.stdout or "server 1." in done.stdout

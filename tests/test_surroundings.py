@@ -1,16 +1,15 @@
 """Ordinary company surroundings: proxies, settings of other tools, files that merely lie there, misspelt names."""
 
+from harness.settings import find_cli
 from lab import Server
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, environment, evaluate, run, tiny
+from helpers import ROOT, evaluate, run, tiny
 from servers import connect_proxy, given_server
 from test_bad_input import refused
 
@@ -79,7 +78,7 @@ def test_no_library_asks_for_loopback_through_a_proxy(tmp_path: Path, exceptions
 def test_the_proxies_and_their_exceptions_stay_for_everything_else(tmp_path: Path) -> None:
     tiny(tmp_path)
     (tmp_path / "shows.py").write_text(
-        "from settings import load_settings\nload_settings()\n"
+        "from harness.settings import load_settings\nload_settings()\n"
         "import os\nprint(os.environ['NO_PROXY'], os.environ['HTTPS_PROXY'])\n"
     )
     done = run(
@@ -370,14 +369,17 @@ def test_another_file_than_dotenv(tmp_path: Path) -> None:
 
 
 def test_no_key_stands_among_the_arguments(server: Server, tmp_path: Path) -> None:
-    """Every user of the machine may read those of all processes."""
-    script = tiny(tmp_path)
-    shown = subprocess.run(
-        [sys.executable, "-c", "from lab import *; from settings import *; import asyncio;"
-         "asyncio.run(run_cli('/bin/ps', Target(None), ['-o', 'args='], 20)); "
-         "import inspect; print(CLI_ALONE, sorted(cli_environment(Target(None))))"],
-        cwd=script.parent, capture_output=True, text=True, timeout=60, check=False,
-        env=environment(TEMPORAL_ADDRESS=server.address, TEMPORAL_API_KEY="key-8c1f", TEMPORAL_TLS="false"),
-    )  # fmt: skip
-    assert "key-8c1f" not in shown.stdout
-    assert "'TEMPORAL_API_KEY'" in shown.stdout
+    """Every user of the machine may read those of all processes; here each command that is run is written down."""
+    real, recorded = find_cli(), tmp_path / "commands.txt"
+    (tmp_path / "temporal").write_text(
+        f'#!/bin/sh\nprintf \'%s | %s\\n\' "$*" "$TEMPORAL_API_KEY" >> {recorded}\nexec {real} "$@"\n'
+    )
+    (tmp_path / "temporal").chmod(0o755)
+    env = {"TEMPORAL_ADDRESS": server.address, "TEMPORAL_API_KEY": "key-8c1f", "TEMPORAL_TLS": "false"}
+    verdicts = evaluate(
+        tiny(tmp_path), tmp_path, *SEES_ALL, env=env | {"TEMPORAL_CLI_PATH": str(tmp_path / "temporal")}
+    )
+    assert verdicts.items["TT-08"]["evidence"][0]["held"], verdicts.out
+    arguments, keys = zip(*(line.rsplit(" | ", 1) for line in recorded.read_text().splitlines()), strict=True)
+    assert "key-8c1f" not in " ".join(arguments)
+    assert "key-8c1f" in keys, "it is told by the environment"
