@@ -105,7 +105,8 @@ def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Seq
 def check_whole(verdicts: Verdicts) -> None:
     """What every script's full run must show: the items and stars of the recorded run, each with its control.
 
-    An item may differ only where evidence was run here and not there, or the other way round.
+    An item may differ only where evidence was run here and not there, or the other way round, and where the record
+    is of other evidence: its stars say nothing of what is claimed now.
     """
     assert verdicts.err == ""
     (recorded,) = (one for one in load(ROOT / "results").categories if one["category"] == verdicts.record["category"])
@@ -113,7 +114,9 @@ def check_whole(verdicts: Verdicts) -> None:
     for there in recorded["items"]:
         here = verdicts.items[there["id"]]
         same = here["stars"] == there["stars"]
-        assert same or not_run(here) != not_run(there), f"recorded {there['stars']}: {verdicts.out}"
+        stale = claims(here) != claims(there)
+        assert same or stale or not_run(here) != not_run(there), f"recorded {there['stars']}: {verdicts.out}"
+        assert here["outcome"] == "judged", verdicts.out
     assert verdicts.code == 0
     for item in verdicts.items.values():
         kinds = {one["kind"] for one in item["evidence"]}
@@ -122,6 +125,10 @@ def check_whole(verdicts: Verdicts) -> None:
             assert one["claim"], item["id"]
             assert one["measured"], item["id"]
         assert item["id"] in verdicts.out
+
+
+def claims(item: Mapping[str, Any]) -> set[tuple[str, str]]:
+    return {(one["kind"], one["claim"]) for one in item["evidence"]}
 
 
 def not_run(item: Mapping[str, Any]) -> set[str]:
