@@ -943,7 +943,7 @@ async def example_vr_02(client: Client) -> None:
         await desk.has("pay 1")
     history = await order.fetch_history()
     for release in (OrderNew, OrderPatched):
-        print(f"{release.__name__}: {await misfit([release], history) or 'fits'}")
+        print(f"{release.__name__} {'breaks' if await misfit([release], history) else 'fits'} the open order")
     open_runs = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{name}"'
     print(f"Open runs that {OrderNew.__name__} would break: {list(await broken_by([OrderNew], client, open_runs))}")
     await order.terminate("the example is over")

@@ -82,8 +82,8 @@ FALLS = [
     Fall("VR-03", "    if grace is not None:\n", "    grace = grace or GRACE\n    if grace is not None:\n", None,
          ["without it the running activity", "by default a worker"]),
     # The server calls a version drained while its runs are open.
-    Fall("VR-03", 'return VersionDrainageStatus.Name(info.drainage_info.status).removeprefix("VERSION_DRAINAGE_STATUS_")',
-         'return "DRAINED"', 2, ["the old version drains", "with the server's own settings"]),
+    Fall("VR-03", "return VersionDrainageStatus.Name(", 'return "DRAINED" or VersionDrainageStatus.Name(', 2,
+         ["the old version drains", "with the server's own settings"]),
     # What is moved by hand begins on its old build again.
     Fall("VR-03", "        await workflow.wait_condition(lambda: self.approved)\n        raise RuntimeError",
          "        await do(Crew.screen, purchase)\n"
