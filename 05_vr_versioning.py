@@ -70,7 +70,7 @@ import re
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,7 +97,7 @@ from temporalio.client import (
     WorkflowHandle,
     WorkflowHistory,
 )
-from temporalio.common import RawValue, RetryPolicy, VersioningBehavior, WorkerDeploymentVersion
+from temporalio.common import RawValue, RetryPolicy, SearchAttributeKey, VersioningBehavior, WorkerDeploymentVersion
 from temporalio.converter import (
     CompositePayloadConverter,
     DataConverter,
@@ -127,6 +127,8 @@ VR = Category(
 
 # Where nothing is to be given up, a slow machine gets all the time it needs.
 PATIENT = timedelta(seconds=30)
+# Seconds between two looks at the server where something is waited for: each costs it as much as a step does.
+LOOK = 0.2
 RUNNING = WorkflowExecutionStatus.RUNNING
 
 
@@ -432,13 +434,22 @@ async def begin(lab: Lab, worker: Worker, queue: str, *names: str) -> list[Workf
         ids = [f"{queue}-{name}" for name in names]
         handles = [await lab.start("Order", Purchase(id), id=id, task_queue=queue) for id in ids]
         for handle in handles:
-            await until(partial(waits, handle), f"{handle.id} waits")
+            await until_waiting(handle)
     return handles
 
 
 async def waits(handle: WorkflowHandle[Any, Any]) -> bool:
     """The last workflow task asked for nothing more."""
     return (await handle.fetch_history()).events[-1].event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
+
+
+async def until_waiting(handle: WorkflowHandle[Any, Any]) -> float:
+    """Wait until a run waits for something. Returns the seconds it took."""
+    return await until(partial(waits, handle), f"{handle.id} waits", every=LOOK)
+
+
+async def until_over(handle: WorkflowHandle[Any, Any]) -> None:
+    await until(partial(is_over, handle), f"{handle.id} is finished or stuck", every=LOOK)
 
 
 async def is_over(handle: WorkflowHandle[Any, Any]) -> bool:
@@ -486,7 +497,7 @@ async def passage(lab: Lab, handle: WorkflowHandle[Any, Any]) -> Passage:
 async def passages(lab: Lab, orders: Mapping[K, WorkflowHandle[Any, Any]]) -> dict[K, Passage]:
     """Wait until each order is finished or stuck, and see how it has gone."""
     for order in orders.values():
-        await until(partial(is_over, order), f"{order.id} is finished or stuck")
+        await until_over(order)
     return {name: await passage(lab, order) for name, order in orders.items()}
 
 
@@ -578,6 +589,10 @@ class DeprecatedWithGift(OrderDeprecated):
         return await super().run(purchase)
 
 
+CHANGE_VERSION = SearchAttributeKey.for_keyword_list("TemporalChangeVersion")
+MARKERS = {"early": [], "gifted": ["gift-wrap"], "late": ["gift-wrap", "screen-first"]}
+
+
 async def visible(lab: Lab) -> list[Evidence]:
     """Queries say which open runs still need a stage of the code; replaying them says whether that is true."""
     queue = f"{lab.id}-visible"
@@ -586,52 +601,52 @@ async def visible(lab: Lab) -> list[Evidence]:
     def worker(code: type) -> Worker:
         return lab.worker([code], crew(lab, code.__name__), task_queue=queue)
 
-    async def open_runs(more: str = "") -> list[str]:
-        return [one.removeprefix(f"{queue}-") for one in await ids_of(lab.client, mine + more)]
+    def short(ids: Iterable[str]) -> list[str]:
+        return sorted(one.removeprefix(f"{queue}-") for one in ids)
 
-    async def shows(left: list[str]) -> bool:
-        """Visibility has followed: the open runs, those with the new marker, and those with the older one."""
-        every, new, older = (
-            await open_runs(),
-            await open_runs(' AND TemporalChangeVersion = "screen-first"'),
-            await open_runs(' AND TemporalChangeVersion = "gift-wrap"'),
-        )
-        return (every, new, older) == (left, [one for one in left if one == "late"], [n for n in left if n != "early"])
+    async def follows(*left: str) -> bool:
+        found = {
+            one.id: one.typed_search_attributes.get(CHANGE_VERSION) async for one in lab.client.list_workflows(mine)
+        }
+        return {short([id])[0]: sorted(found[id] or []) for id in found} == {name: MARKERS[name] for name in left}
 
-    async def look(left: list[str]) -> tuple[list[str], list[str], list[str], float]:
-        """The old path, the runs without any marker, those that would break, and when visibility had followed."""
-        seconds = await until(partial(shows, left), f"{left} are listed")
-        old = [one.removeprefix(f"{queue}-") for one in await on_old_path(lab.client, "screen-first", mine)]
-        broken = await broken_by([DeprecatedWithGift], lab.client, mine, sandbox())
-        unmarked = await open_runs(" AND TemporalChangeVersion IS NULL")
-        return old, unmarked, sorted(one.removeprefix(f"{queue}-") for one in broken), seconds
+    async def look(*left: str) -> tuple[dict[str, list[str]], float]:
+        """What the queries list and what replay finds, and after how many seconds visibility had followed."""
+        seconds = await until(partial(follows, *left), f"visibility lists {left}", every=LOOK)
+        listed = {
+            "old": await on_old_path(lab.client, "screen-first", mine),
+            "without any": await ids_of(lab.client, f"{mine} AND TemporalChangeVersion IS NULL"),
+            "with it": await ids_of(lab.client, f'{mine} AND TemporalChangeVersion = "screen-first"'),
+            "broken": list(await broken_by([DeprecatedWithGift], lab.client, mine, sandbox())),
+        }
+        return {what: short(ids) for what, ids in listed.items()}, seconds
 
     orders = {}
     for name, code in (("early", OrderOld), ("gifted", OldWithGift), ("late", PatchedWithGift)):
         [orders[name]] = await begin(lab, worker(code), queue, name)
-    seen = [await look(["early", "gifted", "late"])]
+    seen, names = [await look(*orders)], list(orders)
     async with worker(PatchedWithGift):
-        for name, left in (("early", ["gifted", "late"]), ("gifted", ["late"])):
-            await orders[name].signal(Approvable.approve)
-            await ended(orders[name])
-            seen.append(await look(left))
-        await orders["late"].signal(Approvable.approve)
-        await ended(orders["late"])
-    old, unmarked, broken, seconds = zip(*seen, strict=True)
+        while names:
+            order = orders[names.pop(0)]
+            await order.signal(Approvable.approve)
+            await ended(order)
+            seen.append(await look(*names))
+    found = [one for one, _ in seen]
     return [
         holds(
             "visibility tells when a patch may go: the old path is every open run without its marker, whatever other "
-            "patch it carries",
-            on_the_old_path=equal(old[0], ["early", "gifted"]),
-            broken_by_deprecate_patch=equal(broken[0], ["early", "gifted"]),
-            after_the_end_of_the_first=equal([old[1], broken[1]], [["gifted"], ["gifted"]]),
-            after_the_end_of_the_second=equal([old[2], broken[2]], [[], []]),
-            visibility_had_followed_after=Spread.of(seconds, "s"),
+            "patch it carries; then those that carry it",
+            on_the_old_path=equal(found[0]["old"], ["early", "gifted"]),
+            broken_by_deprecate_patch=equal(found[0]["broken"], ["early", "gifted"]),
+            after_the_end_of_the_first=equal([found[1]["old"], found[1]["broken"]], [["gifted"], ["gifted"]]),
+            after_the_end_of_the_second=equal([found[2]["old"], found[2]["broken"]], [[], []]),
+            with_the_marker=equal([one["with it"] for one in found], [["late"], ["late"], ["late"], []]),
+            visibility_had_followed_after=Spread.of((seconds for _, seconds in seen), "s"),
         ),
         control(
             "asking for runs without any marker: the list is empty while a run with an older patch is on the old path",
-            listed=equal(unmarked[1], []),
-            then_broken_by_deprecate_patch=equal(broken[1], ["gifted"]),
+            listed=equal(found[1]["without any"], []),
+            then_broken_by_deprecate_patch=equal(found[1]["broken"], ["gifted"]),
         ),
     ]
 
@@ -654,7 +669,7 @@ async def routed(client: Client, deployment: str) -> None:
         # Seen once in 72 switches: the server never reports it completed, though the queue has long followed.
         return time.monotonic() > since + 3 and await queue_follows(client, deployment, found.routing_config)
 
-    await until(follows, f"the task queue follows the routing of {deployment}")
+    await until(follows, f"the task queue follows the routing of {deployment}", every=LOOK)
 
 
 async def queue_follows(client: Client, task_queue: str, wanted: RoutingConfig) -> bool:
@@ -735,7 +750,7 @@ async def deployments(lab: Lab) -> list[Evidence]:
             waited = await no_current_version(shop)
             for name in ("pinned", "moving", "rebuilt", "orphan"):
                 order = await shop.order(MOVING if name == "moving" else PINNED, name)
-                await until(partial(waits, order), f"{name} waits")
+                await until_waiting(order)
             for name, kind in zip(PAYING, (PINNED, MOVING), strict=True):
                 await shop.order(kind, name)
                 await until(partial(shop.ran, name), f"{name} is inside its activity")
@@ -750,13 +765,13 @@ async def deployments(lab: Lab) -> list[Evidence]:
 async def no_current_version(shop: Shop) -> Evidence:
     """Versioned workers poll and no version is current yet: the run waits, and nothing says so."""
     for build in ORDERS:
-        await until(partial(has_version, shop.client, shop.queue, build), f"{build} has registered")
+        await until(partial(has_version, shop.client, shop.queue, build), f"{build} has registered", every=LOOK)
     waiting, queue = await shop.order(PINNED, "early"), f"{shop.queue}-beside"
     [beside] = await begin(shop.lab, staff(shop.lab, "old", queue), queue, "later")
     before, status, failed = await count_events(waiting), await status_of(waiting), await failed_tasks(waiting)
     await beside.terminate("not needed any more")
     current = await shop.switch("1.0")
-    seconds = await until(partial(waits, waiting), "the run begins")
+    seconds = await until_waiting(waiting)
     return limit(
         WAITS,
         history=equal(list(before), ["WORKFLOW_EXECUTION_STARTED", "WORKFLOW_TASK_SCHEDULED"]),
@@ -816,7 +831,7 @@ async def orphaned(shop: Shop) -> Evidence:
     meanwhile = [name_of(await status_of(orphan)), outline(await orphan.fetch_history(), without="").split("\n")[-1]]
     meanwhile += shop.ran("orphan")
     query = f'TemporalWorkerDeploymentVersion = "{shop.queue}:1.0" AND ExecutionStatus = "Running"'
-    await until(partial(ids_of, shop.client, query), "visibility tells of it")
+    await until(partial(ids_of, shop.client, query), "visibility tells of it", every=LOOK)
     named = [one.removeprefix(f"{shop.queue}-") for one in await ids_of(shop.client, query)]
     reported = await ids_of(shop.client, f"{query} AND TemporalReportedProblems IS NOT NULL")
     backlog: list[int] = []
@@ -1138,7 +1153,7 @@ async def replay_all_open(lab: Lab, queue: str, orders: Mapping[Pair, WorkflowHa
     async def listed() -> bool:
         return (await lab.client.count_workflows(mine)).count == len(orders) + 1
 
-    await until(listed, "visibility lists every open run")
+    await until(listed, "visibility lists every open run", every=LOOK)
     begun = time.monotonic()
     broken = await broken_by([STAGES[candidate]], lab.client, mine, sandbox())
     seconds = time.monotonic() - begun
@@ -1156,7 +1171,7 @@ async def replay_all_open(lab: Lab, queue: str, orders: Mapping[Pair, WorkflowHa
 async def begin_delivery(lab: Lab, queue: str) -> WorkflowHandle[Any, Any]:
     async with lab.worker([Delivery], [act], task_queue=queue):
         handle = await lab.start("Delivery", id=f"{queue}-delivery", task_queue=queue)
-        await until(partial(waits, handle), "it has paid")
+        await until_waiting(handle)
     return handle
 
 
@@ -1167,7 +1182,7 @@ async def change_behind_an_argument(lab: Lab) -> Evidence:
     found = await misfit([DeliveryWithStepInFront], await delivery.fetch_history(), sandbox())
     await delivery.signal(Approvable.approve)
     async with lab.worker([DeliveryWithStepInFront], [act], task_queue=queue):
-        await until(partial(is_over, delivery), "it is finished or stuck")
+        await until_over(delivery)
     return limit(
         "a changed activity argument passes replay, and with it a step in front when both are one activity type",
         found_by_replay=equal(found, ""),
@@ -1413,7 +1428,7 @@ class Rollout(Shop):
         options = {"task_timeout": soon(), "start_signal": "approve" if approved else None}
         begun = await together(*(self.order(PINNED, name, **options) for name in names))
         for one in begun:
-            await (ended(one) if approved else until(partial(waits, one), f"{one.id} waits"))
+            await (ended(one) if approved else until_waiting(one))
         return begun
 
     def builds(self, orders: Sequence[WorkflowHandle[Any, Any]]) -> dict[str, int]:
@@ -1509,7 +1524,7 @@ async def drain(way: Rollout, long: Sequence[WorkflowHandle[Any, Any]]) -> Evide
         info = (await version_info(way.client, way.queue, "1.0")).drainage_info
         return info.last_checked_time.ToDatetime() > info.last_changed_time.ToDatetime()
 
-    await until(checked_with_open_runs, "the server looked at the open runs of 1.0")
+    await until(checked_with_open_runs, "the server looked at the open runs of 1.0", every=LOOK)
     before, open_runs = await drainage(way.client, way.queue, "1.0"), [await status_of(one) for one in long]
     for order in long:
         await order.signal(Approvable.approve)
@@ -1519,7 +1534,7 @@ async def drain(way: Rollout, long: Sequence[WorkflowHandle[Any, Any]]) -> Evide
     async def drained() -> bool:
         return await drainage(way.client, way.queue, "1.0") == "DRAINED"
 
-    seconds = await until(drained, "1.0 is reported drained")
+    seconds = await until(drained, "1.0 is reported drained", every=LOOK)
     return works(
         "the old version drains: DRAINING while its runs are open, which finish on it, then DRAINED",
         open_runs=equal(open_runs.count(RUNNING), 5),
@@ -1537,7 +1552,7 @@ async def roll_back_and_move(way: Rollout) -> Evidence:
         victims = await way.begin(5)
         for victim in victims:
             await victim.signal(Approvable.approve)
-            await until(partial(failed_tasks, victim), "the bug of 3.0 has shown")
+            await until(partial(failed_tasks, victim), "the bug of 3.0 has shown", every=LOOK)
         seconds = await way.switch("2.0")
         after = await way.begin(5, approved=True)
     stuck = collections.Counter([name_of(await status_of(one)) for one in victims])
@@ -1577,7 +1592,7 @@ async def subscribe(way: Rollout, kind: str) -> WorkflowHandle[Any, Any]:
     id = f"{way.queue}-{kind}"
     await way.client.start_workflow(kind, Months(id), id=id, task_queue=way.queue, start_signal="renew")
     handle = way.client.get_workflow_handle(id)  # of whichever run is the latest
-    await until(partial(waits, handle), "the first month is paid")
+    await until_waiting(handle)
     return handle
 
 
@@ -1670,7 +1685,7 @@ async def unversioned_beside(lab: Lab) -> list[Evidence]:
     async with shop.worker("old", [OrderOld], identity="old code", **unversioned):
         adopted = [await shop.order("Order", f"adopted-{number}") for number in range(3)]
         for one in adopted:
-            await until(partial(waits, one), "the unversioned worker began its runs")
+            await until_waiting(one)
         async with shop.worker("2.0", [OrderPatched], deployment_config=release):
             await shop.switch("2.0")
             fresh = [await shop.order("Order", f"fresh-{number}") for number in range(5)]
@@ -1684,7 +1699,7 @@ async def unversioned_beside(lab: Lab) -> list[Evidence]:
             while not mixed.trouble and tries < 20:  # three of four runs go to both
                 tries += 1
                 one = await shop.order("Order", f"mixed-{tries}", start_signal="approve")
-                await until(partial(is_over, one), "the run is finished or stuck")
+                await until_over(one)
                 mixed, hands = await passage(lab, one), await hands_on(one)
     return [
         control(
@@ -1724,7 +1739,7 @@ async def annotated_but_unversioned(lab: Lab) -> Evidence:
         async def timed_out() -> bool:
             return (await count_events(order))["WORKFLOW_TASK_TIMED_OUT"] > 0
 
-        seconds = await until(timed_out, "a workflow task timed out")
+        seconds = await until(timed_out, "a workflow task timed out", every=LOOK)
         status, failed, serving = await status_of(order), await failed_tasks(order), worker.is_running
     await order.terminate("it hangs")
     return limit(
@@ -2214,7 +2229,7 @@ async def begin_shipment(
     queue = queue or f"{lab.id}-{name}"
     async with lab.worker([code], [send], task_queue=queue):
         handle = await lab.start("Shipment", to, name=name, task_queue=queue, task_timeout=soon())
-        await until(partial(waits, handle), "the shipment waits")
+        await until_waiting(handle)
     await handle.signal(Approvable.approve)
     return handle
 
@@ -2261,7 +2276,7 @@ async def break_live(lab: Lab) -> list[Evidence]:
     replayed = await misfit([ShipmentWithRequired], await shipment.fetch_history(), sandbox())
     begun = time.monotonic()
     async with lab.worker([ShipmentWithRequired], [send], task_queue=shipment.id) as worker:
-        await until(partial(is_over, shipment), "it is finished or stuck")
+        await until_over(shipment)
         noticed, serving = time.monotonic() - begun, worker.is_running
         status, message, before = name_of(await status_of(shipment)), await complaint(shipment), sent(lab, shipment)
     back = time.monotonic()
@@ -2317,18 +2332,20 @@ async def migrate(lab: Lab) -> list[Evidence]:
 
     old = await begin_shipment(lab, "migrated", Shipment, BONN)
     async with worker():
-        await until(partial(is_over, old), "it is finished or stuck")
+        await until_over(old)
     message, before = await complaint(old), sent(lab, old)
     async with worker(with_converter(lab.client, MIGRATING)):
         begun = await attempt_of(old)
-        await until(partial(is_done_or_tried, old, begun + 2), "the run is finished, or was tried again in vain")
+        await until(
+            partial(is_done_or_tried, old, begun + 2), "the run is finished, or was tried again in vain", every=LOOK
+        )
         status, after = name_of(await status_of(old)), sent(lab, old)
         today = TownAddress("Ulm", WeighedParcel(Size.SMALL, 50), express=True)
         new = await lab.start("Shipment", today, name="today", task_queue=queue, start_signal="approve")
         how = await ended(new)
     other = await begin_shipment(lab, "hasty", Shipment, BONN, queue=queue)
     async with worker(with_converter(lab.client, hasty)):
-        await until(partial(is_over, other), "it is finished or stuck")
+        await until_over(other)
     read = reread(hasty, {"city": "Bonn", "parcel": {"size": "M"}}, TownAddress)
     parcel = reread(hasty, {"size": "M", "weight": 700}, WeighedParcel)
     return [

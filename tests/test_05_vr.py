@@ -36,7 +36,8 @@ FALLS = [
     # The old path is taken for the runs without any marker.
     Fall("VR-01", OLD_PATH, OLD_WAY, 3, ["visibility tells when a patch may go"]),
     # The query for runs without a marker finds those with another patch's, too.
-    Fall("VR-01", 'open_runs(" AND TemporalChangeVersion IS NULL")', "open_runs()", None, ["without any marker"]),
+    Fall("VR-01", 'ids_of(lab.client, f"{mine} AND TemporalChangeVersion IS NULL")', "ids_of(lab.client, mine)", None,
+         ["without any marker"]),
     # The run that should wait for its build moves to the newer one.
     Fall("VR-01", 'name == "moving" else', 'name in ("moving", "orphan") else', 3,
          ["a pinned run whose build has no worker"]),
