@@ -701,9 +701,10 @@ class Shop:
         self.queue = f"{lab.id}-{name}"
         self.orders: dict[str, WorkflowHandle[Any, Any]] = {}
 
-    def worker(self, build: str, code: Sequence[type], **options: Any) -> Worker:
-        """A worker that takes part in the deployment, with this build's id."""
-        options.setdefault("deployment_config", versioned(self.queue, build))
+    def worker(self, build: str, code: Sequence[type], *, takes_part: bool = True, **options: Any) -> Worker:
+        """A worker that takes part in the deployment, with this build's id, or one that only polls the queue."""
+        if takes_part:
+            options.setdefault("deployment_config", versioned(self.queue, build))
         return self.lab.worker(code, crew(self.lab, build), server=self.server, task_queue=self.queue, **options)
 
     async def order(self, kind: str, name: str, **options: Any) -> WorkflowHandle[Any, Any]:
@@ -1677,7 +1678,7 @@ async def unversioned_beside(lab: Lab) -> list[Evidence]:
     lab.needs("worker deployments")
     shop = Shop(lab, "beside")
     # No cache, so that each workflow task may go to either worker, as it does with many runs.
-    unversioned: dict[str, Any] = {"deployment_config": None, "max_cached_workflows": 0}
+    unversioned: dict[str, Any] = {"takes_part": False, "max_cached_workflows": 0}
     release = dataclasses.replace(versioned(shop.queue, "2.0"), default_versioning_behavior=VersioningBehavior.PINNED)
     mixed = Passage("", None, "", [], [])
     tries, hands = 0, [""]
@@ -1733,7 +1734,7 @@ async def annotated_but_unversioned(lab: Lab) -> Evidence:
     """The workflow says that it is pinned, but its worker was given no deployment_config."""
     lab.needs("worker deployments")
     shop = Shop(lab, "annotated")
-    async with shop.worker("unversioned", [PinnedOrderOne], deployment_config=None) as worker:
+    async with shop.worker("unversioned", [PinnedOrderOne], takes_part=False) as worker:
         order = await shop.order(PINNED, "order", task_timeout=soon())
 
         async def timed_out() -> bool:
