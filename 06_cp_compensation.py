@@ -671,7 +671,7 @@ async def take_over_at_hotel(lab: Lab, sticky: float) -> tuple[TakeOver, Books]:
             "shortened": {"undo": {"start_to_close_timeout": soon()}},
             "sticky_queue_schedule_to_start_timeout": timedelta(seconds=sticky),
         },
-        point=lambda: len(books.amounts()) == 3,
+        point=lambda: len(books.amounts()) >= 3,
         meanwhile=lambda: open_gate(gate),
     )
     return seen, books
@@ -1009,6 +1009,7 @@ async def partial_restart(lab: Lab) -> AsyncIterator[Evidence]:
             yield evidence
     yield native(
         "reset is the server's (the command makes the call made here); a workflow has no code for it",
+        WorkflowHandle.describe,
         WorkflowHandle.fetch_history_events,
         "temporal workflow reset --event-id",
         adds=["finding the event at which a step began"],
@@ -1650,6 +1651,7 @@ async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
         WorkflowHandle.terminate,
         WorkflowHandle.signal,
         WorkflowHandle.execute_update,
+        WorkflowHandle.describe,
         WorkflowHandle.fetch_history_events,
         "temporal workflow reset --event-id",
     )

@@ -80,8 +80,8 @@ FALLS = [
     # A workflow without words for intervention: the signal says something else.
     Fall("CP-03", "self.given_up = True", 'self.instead = "office"', 2, ["signal ends a stuck run"]),
     # A workflow that has no last word.
-    Fall("CP-03", "            await workflow.execute_activity_method(\n                Tour.take_back, parcel, "
-         "start_to_close_timeout=timedelta(seconds=30)\n            )\n", "", 2, ["cancel, with a last word"]),
+    Fall("CP-03", "            await workflow.execute_activity_method(Tour.take_back, parcel, start_to_close_timeout="
+         "timedelta(seconds=30))\n", "", 2, ["cancel, with a last word"]),
     # An update that does not say what came of it.
     Fall("CP-03", 'return f"goes to {address}"', 'return "yes"', 2, ["update, which answers"]),
     # An update for which there is no validator.
