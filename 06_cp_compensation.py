@@ -22,6 +22,7 @@ from common import (
     lacks,
     limit,
     native,
+    piece,
     side_by_side,
     slowness,
     works,
@@ -956,10 +957,14 @@ async def signals_reapplied(lab: Lab, shelf: Shelf) -> list[Evidence]:
 
 
 BATCH = 5
+TAKEN_BACK = f"{BATCH} runs spoilt by a bad build are reset by one command to where it took over, and complete"
+MENDED = "with the bug in the workflow's code mended, a run that it spoilt is reset and completes"
 
 
+@piece(holds(MENDED), holds(TAKEN_BACK))
 async def bad_build(lab: Lab, shelf: Shelf) -> list[Evidence]:
     """Step 4 of some runs falls to a build that has a bug. One command each takes one and five of them back."""
+    lab.needs("batch operations")
     queue, fit, gate = f"{lab.id}-builds", Workshop(shelf).fit, lab.gate("builds")
     names = [f"batch-{n}" for n in range(BATCH)]
     query = f'WorkflowId STARTS_WITH "{lab.id}-batch" AND ExecutionStatus = "Failed" AND BuildIds = "unversioned:bad"'
@@ -982,14 +987,14 @@ async def bad_build(lab: Lab, shelf: Shelf) -> list[Evidence]:
     calls = [*PARTS[:3], "pain", "paint", "bell"]
     return [
         holds(
-            "with the bug in the workflow's code mended, a run that it spoilt is reset and completes",
+            MENDED,
             failed_because=equal(spoilt[0], "no pain in the store"),
             calls=equal(fitted(lab, "single"), calls),
             result=equal(results[0], PARTS),
             by=f"temporal workflow reset --event-id {event}",
         ),
         holds(
-            f"{BATCH} runs spoilt by a bad build are reset by one command to where it took over, and complete",
+            TAKEN_BACK,
             failed_because=equal(sorted({*spoilt[1:]}), ["no pain in the store"]),
             calls=equal([" ".join(fitted(lab, name)) for name in names], [" ".join(calls)] * BATCH),
             completed_with_all_parts=equal(results[1:].count(PARTS), BATCH),
@@ -1874,18 +1879,10 @@ class Market:
 
 async def orders_with_poison(market: Market) -> list[Evidence]:
     """Eight orders, three of which cannot be shipped; their address is then mended and they are driven again."""
-    client, shop = market.lab.client, market.shop
     handles = [await market.start(n, "Nowhere" if n in POISON else "Old Street") for n in ORDERS]
-    first = [await ended(handle) for handle in handles]
-    parked = parked_after_attempts(market, first)
-    await until(lambda: count_is(client, market.failed, len(POISON)), "the failed runs are listed")
-    letters = await dead_letters(client, market.failed)
-    shop.unknown.remove("Nowhere")
-    await market.drive_again("address mended")
-    await driven_again(client, [handles[number - 1] for number in POISON])
-    endings = [await ended(client.get_workflow_handle(handle.id)) for handle in handles]
-    left, once = await dead_letters(client, market.failed), market.paid()
-    again = await same_batch_again(market)
+    parked = parked_after_attempts(market, [await ended(handle) for handle in handles])
+    await until(lambda: count_is(market.lab.client, market.failed, len(POISON)), "the failed runs are listed")
+    letters = await dead_letters(market.lab.client, market.failed)
     return [
         parked,
         works(
@@ -1893,14 +1890,34 @@ async def orders_with_poison(market: Market) -> list[Evidence]:
             listed=equal(dict(sorted(letters.items())), {market.ids[number]: NOWHERE for number in POISON}),
             query=market.failed,
         ),
+        *await mended_and_driven_again(market, handles),
+    ]
+
+
+DRIVEN_AGAIN = "with the cause mended, one batch drives them again, and all complete"
+PAID_ONCE = "driven again, even twice, nothing is paid twice: the key is made of the order's number"
+STAYS = "a failed run stays listed as failed when its successor has completed: the same batch drives it once more"
+
+
+@piece(works(DRIVEN_AGAIN), holds(PAID_ONCE), limit(STAYS))
+async def mended_and_driven_again(market: Market, handles: Sequence[WorkflowHandle[Any, Any]]) -> list[Evidence]:
+    market.lab.needs("batch operations")
+    client, shop = market.lab.client, market.shop
+    shop.unknown.remove("Nowhere")
+    await market.drive_again("address mended")
+    await driven_again(client, [handles[number - 1] for number in POISON])
+    endings = [await ended(client.get_workflow_handle(handle.id)) for handle in handles]
+    left, once = await dead_letters(client, market.failed), market.paid()
+    again = await same_batch_again(market)
+    return [
         works(
-            "with the cause mended, one batch drives them again, and all complete",
+            DRIVEN_AGAIN,
             results=equal([one.result for one in endings], ["shipped"] * len(ORDERS)),
             shipped=equal(sorted(shop.shipped), [market.ids[number] for number in ORDERS]),
             dead_letters_left=equal(left, {}),
         ),
         holds(
-            "driven again, even twice, nothing is paid twice: the key is made of the order's number",
+            PAID_ONCE,
             calls_to_pay_and_payments=equal(once, [len(ORDERS) + len(POISON), len(ORDERS)]),
             after_the_same_batch_once_more=equal(market.paid(), [len(ORDERS) + 2 * len(POISON), len(ORDERS)]),
         ),
@@ -1928,7 +1945,7 @@ async def same_batch_again(market: Market) -> Evidence:
         for number in POISON:
             await ended(market.lab.client.get_workflow_handle(market.ids[number]))
     return limit(
-        "a failed run stays listed as failed when its successor has completed: the same batch drives it once more",
+        STAYS,
         listed_after_all_were_completed=len(found),
         calls_to_pay_repeated=at_least(market.paid()[0] - before, 1),
         told_apart_by="describe (reset_run_id)",
