@@ -1941,7 +1941,7 @@ async def same_batch_again(market: Market) -> Evidence:
     before, found = market.paid()[0], await listed(market.lab.client, market.failed)
     await market.drive_again("the same again")
     if found:
-        await until(lambda: market.paid()[0] >= before + len(found), "they were driven again")
+        await until(lambda: market.paid()[0] >= before + len(POISON), "they were driven again")
         for number in POISON:
             await ended(market.lab.client.get_workflow_handle(market.ids[number]))
     return limit(
