@@ -592,8 +592,13 @@ class Bench:
         if case.late:
             facts |= {"the last call": equal(returned(self.lab, handle.id)[-1], case.late)}
         if case.cancel_at:
-            asked = outline(await handle.fetch_history()).count("WorkflowExecutionCancelRequested")
+            history = outline(await handle.fetch_history())
+            asked = history.count("WorkflowExecutionCancelRequested")
             facts |= {"cancellations sent": Fact(len(case.cancel_at)), "in the history": equal(asked, 1)}
+            _, cancelled, then = history.partition("ActivityTaskCancelRequested")
+            if cancelled and case.kind is holds:
+                before_undoing = then.partition("ActivityTaskScheduled undo")[0].split()
+                facts |= {"before the undoing": contains(before_undoing, "ActivityTaskStarted")}
         return facts | ({"why": contains(how.why, case.why)} if case.why else {})
 
 
