@@ -106,8 +106,8 @@ FALLS = [
     Fall("CP-03", '"--identity", OPERATOR)', '"--identity", "day shift")', 3,
          ["the history says by whom", "it says who paused it", "leave no event"]),
     # The retry is not an hour away: that it comes soon proves nothing.
-    Fall("CP-03", '"activity-options")\n', '"activity-options", 0.5)\n', 3, ["new options take"]),
-    Fall("CP-03", '"activity-reset")\n', '"activity-reset", 0.5)\n', 3, ["tries it again at once"]),
+    Fall("CP-03", '"activity-options")\n', '"activity-options", 60)\n', 3, ["new options take"]),
+    Fall("CP-03", '"activity-reset")\n', '"activity-reset", 60)\n', 3, ["tries it again at once"]),
     # The history knows who it really was.
     Fall("CP-03", 'identity="the managing director"', "identity=lab.client.identity", 4, ["takes any name"]),
     # The key is made of the run's id, which a reset changes.
