@@ -10,11 +10,16 @@ from common import (
     Category,
     Evidence,
     Fact,
+    at_least,
+    between,
+    connect,
     contains,
     control,
+    differs,
     equal,
     figure,
     holds,
+    lacks,
     limit,
     native,
     piece,
@@ -24,6 +29,7 @@ from common import (
 )
 from lab import (
     Books,
+    Ending,
     Fault,
     Lab,
     Server,
@@ -50,11 +56,11 @@ import asyncio
 import contextlib
 import inspect
 import json
+import operator
 import re
-import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -73,7 +79,13 @@ from temporalio.api.enums.v1 import PendingActivityState
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest, StartBatchOperationRequest
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.client import (
+    Client,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+    WorkflowUpdateFailedError,
+)
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.service import RPCError, RPCStatusCode, WorkflowService
@@ -86,19 +98,7 @@ CP = Category(
     "What is undone, what is repeated, and who can step in when retries no longer help?",
 )
 
-# Where nothing is to be given up, a slow machine gets all the time it needs.
-PATIENT = timedelta(seconds=30)
-# An attempt that a kill has cut off, or that never answers, is given up after this long.
-SOON = timedelta(seconds=3)
-SECOND = timedelta(seconds=1)
-QUICKLY = RetryPolicy(initial_interval=timedelta(milliseconds=100), backoff_coefficient=1)
-
-COMPLETED, FAILED, CANCELED = (
-    WorkflowExecutionStatus.COMPLETED,
-    WorkflowExecutionStatus.FAILED,
-    WorkflowExecutionStatus.CANCELED,
-)
-RUNNING, TERMINATED = WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.TERMINATED
+RUNNING = WorkflowExecutionStatus.RUNNING
 
 
 def soon() -> timedelta:
@@ -106,22 +106,45 @@ def soon() -> timedelta:
     return timedelta(seconds=3 * slowness())
 
 
+# What is held by a fault is not given up on a slow machine.
+LONG = {"start_to_close_timeout": timedelta(minutes=10)}
+
 # A cancellation or a pause reaches a running activity by its heartbeats: do not hold these back for long.
 OFTEN = timedelta(milliseconds=200)
 
 
-async def said(handle: WorkflowHandle[Any, Any]) -> str:
-    """Wait until a run is closed. Returns its result, or what it ended with and why, in words."""
-    how = await ended(handle)
-    return str(how.result) if how.status == "COMPLETED" else how.why
+async def pending_activity(handle: WorkflowHandle[Any, Any]) -> PendingActivityInfo:
+    """What the server tells of a run's open activity, which is not in the history; empty when none is open."""
+    pending = (await handle.describe()).raw_description.pending_activities
+    return pending[0] if pending else PendingActivityInfo()
 
 
 async def events_of(handle: WorkflowHandle[Any, Any]) -> list[HistoryEvent]:
     return list((await handle.fetch_history()).events)
 
 
-async def kinds_of(handle: WorkflowHandle[Any, Any]) -> list[str]:
-    return [str(event.WhichOneof("attributes")) for event in await events_of(handle)]
+def kind_of(event: HistoryEvent) -> str:
+    """Such as "activity_task_completed"."""
+    return str(event.WhichOneof("attributes")).removesuffix("_event_attributes")
+
+
+async def listed(client: Client, query: str = "") -> list[str]:
+    return [one.id async for one in client.list_workflows(query)]
+
+
+async def count_is(client: Client, query: str, expected: int) -> bool:
+    return (await client.count_workflows(query)).count == expected
+
+
+async def driven_again(client: Client, runs: Sequence[WorkflowHandle[Any, Any]]) -> list[Ending]:
+    """Wait until each of these runs has a successor that is its workflow's latest, and that one has ended."""
+
+    async def all_have_one(ids: Mapping[str, str | None]) -> bool:
+        return all([(await client.get_workflow_handle(id).describe()).run_id != run for id, run in ids.items()])
+
+    ids = {one.id: one.first_execution_run_id for one in runs}
+    await until(lambda: all_have_one(ids), "they were driven again")
+    return [await ended(client.get_workflow_handle(id)) for id in ids]
 
 
 def offered(words: str, *places: ModuleType | type) -> list[str]:
@@ -170,7 +193,8 @@ class Saga:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        # continue_as_new leaves the block by an exception, too, but the work goes on.
+        # continue_as_new leaves the block by an exception, too, but the work goes on. What the next run shall be
+        # able to undo has to be handed to it.
         if error is None or isinstance(error, workflow.ContinueAsNewError):
             return
         undoing = asyncio.create_task(self.undo_all())
@@ -234,9 +258,9 @@ async def book(order: Reservation) -> None:
         order,
         summary=order.service,
         start_to_close_timeout=timedelta(seconds=30),
-        heartbeat_timeout=timedelta(seconds=30),
-        # A booking that is cancelled is only undone when it can no longer happen.
+        # A booking that is cancelled is undone only when its attempt has ended.
         cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+        # One attempt, and then the others are undone. Where a second one is worth while, the key bears it.
         retry_policy=RetryPolicy(maximum_attempts=1),
     )
 
@@ -246,6 +270,13 @@ async def undo(order: Reservation) -> None:
     await workflow.execute_activity_method(
         Travel.undo, order, summary=order.service, start_to_close_timeout=timedelta(seconds=30)
     )
+
+
+def stop_if_cancelled() -> None:
+    # A cancellation is not raised a second time: where a booking went well in spite of it, it would be lost here.
+    task = asyncio.current_task()
+    if task and task.cancelling():
+        raise asyncio.CancelledError
 
 
 @workflow.defn
@@ -258,6 +289,7 @@ class TravelBooking:
                 # Before the step, not after it: a step whose outcome stays unknown is then undone too.
                 saga.register(service, partial(undo, order))
                 await book(order)
+                stop_if_cancelled()
         return "booked"
 
 
@@ -338,6 +370,8 @@ class Variant:
                 await book(order)
                 if without == "registering before":
                     register()
+                if without != "asking":
+                    stop_if_cancelled()
         except (ActivityError, asyncio.CancelledError):
             if without == "compensation":
                 raise
@@ -369,24 +403,26 @@ class Case:
 
     kind: Callable[..., Evidence]
     claim: str
-    calls: list[str]
-    books: list[int]
+    calls: Sequence[str]
+    books: Sequence[int]
     status: str = "FAILED"
     why: str = ""
     faults: Sequence[Fault] = ()
     run: Any = TravelBooking.run
     services: list[str] = field(default_factory=lambda: SERVICES)
     without: str = ""  # what the control leaves out
-    cancel_at: str = ""  # the call during which a cancellation comes
+    cancel_at: Sequence[str] = ()  # the calls during which a cancellation is sent
     gives_up: bool = False  # an attempt to book is given up after soon(), instead of half a minute
-    late: bool = False  # what is held goes on only when the run has ended
+    late: str = ""  # what is held goes on only when the run has ended, and ends like this
     forgetful: bool = False  # the provider is
+    missing: int = 0  # of the control: what is not in the books, whatever else is
 
 
 GATE = "a gate of the case's own"
 no_car = refuse("book", service="car", why="no car left")
 slow_hotel = hold("undo", GATE, service="hotel")
 stuck_hotel = hold("undo", "", service="hotel")
+stuck_car = never_answer("book", service="car")
 silent_car = never_answer("book", service="car", silent=True)
 late_car = hold("book", GATE, service="car", silent=True)
 
@@ -417,15 +453,23 @@ CASES = {
     ),
     "late": Case(
         holds, "a booking that comes after its own undoing is refused by the provider",
-        ALL + BACK, UNDONE, why="timeout", faults=[late_car], gives_up=True, late=True,
+        ALL + BACK, UNDONE, why="timeout", faults=[late_car], gives_up=True, late="failed book car",
     ),
     "cancelled": Case(
         holds, "cancelled in the third step: everything is undone, and the run is CANCELED",
-        ALL + BACK, ALL_UNDONE, "CANCELED", faults=[never_answer("book", service="car")], cancel_at="book car",
+        ALL + BACK, ALL_UNDONE, "CANCELED", faults=[stuck_car], cancel_at=["book car"],
+    ),
+    "twice": Case(
+        holds, "cancelled again while it is undone: the server drops the second request, and everything is undone",
+        ALL + BACK, ALL_UNDONE, "CANCELED", faults=[stuck_car, slow_hotel], cancel_at=["book car", "undo hotel"],
+    ),
+    "under way": Case(
+        holds, "cancelled during a booking that does not hear of it: that is waited for, and undone as well",
+        ALL + BACK, ALL_UNDONE, "CANCELED", faults=[late_car], cancel_at=["book car"],
     ),
     "shielded": Case(
         holds, "a booking that failed, cancelled while it is undone: the undoing is finished",
-        ALL + BACK, UNDONE, faults=[no_car, slow_hotel], cancel_at="undo hotel",
+        ALL + BACK, UNDONE, faults=[no_car, slow_hotel], cancel_at=["undo hotel"],
     ),
     "continued": Case(
         holds, "continue-as-new inside the block undoes nothing: the next run goes on",
@@ -441,22 +485,33 @@ CASES = {
     ),
     "bare": Case(
         control, "awaited without a shield, the undoing that is under way is lost when a cancellation comes",
-        ALL + BACK, [300, 200, -300], faults=[no_car, stuck_hotel], without="shield", cancel_at="undo hotel",
+        [], [], faults=[no_car, stuck_hotel], without="shield", cancel_at=["undo hotel"], missing=-200,
     ),
     "plain": Case(
         control, "with a plain asyncio.shield() nobody waits for the undoing, and its rest is lost",
         [*ALL, *BACK[:2]], [300, 200], "CANCELED", faults=[no_car, stuck_hotel], without="waiting",
-        cancel_at="undo hotel",
+        cancel_at=["undo hotel"],
+    ),
+    "unasked": Case(
+        control, "without asking for it after each step, a cancellation that comes during the last booking is lost",
+        ALL, BOOKED, "COMPLETED", faults=[late_car], without="asking", cancel_at=["book car"],
     ),
     "forgetful": Case(
         control, "with a provider that does not remember, a booking that comes late stays and is paid",
-        ALL + BACK, [300, 200, -200, -300, 100], faults=[late_car], gives_up=True, late=True, forgetful=True,
+        ALL + BACK, [300, 200, -200, -300, 100], faults=[late_car], gives_up=True, late="ended book car",
+        forgetful=True,
     ),
 }  # fmt: skip
 
+# The faults of the trials that are more than a case.
+FAULTS = {name: case.faults for name, case in CASES.items()} | {
+    "retried": [no_car, fail("undo", 2, service="hotel", why="the hotel's line is busy"), slow_hotel],
+    "terminated": [stuck_car],
+}
 
-def called(lab: Lab, workflow: str, what: str = "begun") -> list[str]:
-    return [f"{call.activity} {call.argument['service']}" for call in lab.calls(workflow, what)]
+
+def called(lab: Lab, workflow: str) -> list[str]:
+    return [f"{call.activity} {call.argument['service']}" for call in lab.calls(workflow)]
 
 
 class Bench:
@@ -467,11 +522,11 @@ class Bench:
         self.travel, self.forgetful = Travel(Desk(self.books)), Travel(Forgetful(self.books))
 
     def faults(self) -> list[Fault]:
-        """Those of every case, each for its own workflow and with its own gate."""
+        """Those of every trial, each for its own workflow and with its own gate."""
         return [
             replace(fault, gate=fault.gate and self.lab.gate(name)).of(self.id_of(name))
-            for name, case in CASES.items()
-            for fault in case.faults
+            for name, faults in FAULTS.items()
+            for fault in faults
         ]
 
     def id_of(self, name: str) -> str:
@@ -482,6 +537,8 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
+        soon_or_late = {True: {"start_to_close_timeout": soon()}, False: LONG}
+
         def worker(case: Case) -> Worker:
             travel = self.forgetful if case.forgetful else self.travel
             return self.lab.worker(
@@ -489,38 +546,66 @@ class Bench:
                 [travel.book, travel.undo],
                 task_queue=self.queue_of(case),
                 faults=self.faults(),
-                shortened={"book": {"start_to_close_timeout": soon()}} if case.gives_up else None,
+                shortened={"book": soon_or_late[case.gives_up], "undo": soon_or_late[False]},
                 max_heartbeat_throttle_interval=OFTEN,
             )
 
         async with worker(CASES["well"]), worker(CASES["unanswered"]), worker(CASES["forgetful"]):
             yield
 
+    async def start(self, name: str) -> WorkflowHandle[Any, Any]:
+        """Start a booking of everything, on the worker that most cases have."""
+        return await self.lab.start(TravelBooking.run, Trip(self.id_of(name), SERVICES), id=self.id_of(name))
+
+    def booked(self, name: str) -> list[int]:
+        return self.books.amounts(f"{self.id_of(name)}/")
+
     async def try_case(self, name: str, case: Case) -> Evidence:
         """Start the booking, do to it what the case says, and compare calls, books and ending."""
         lab, id = self.lab, self.id_of(name)
         arguments = [Trip(id, case.services), *([case.without] if case.without else [])]
         run = Variant.run if case.without else case.run
-        handle = await lab.client.start_workflow(run, args=arguments, id=id, task_queue=self.queue_of(case))
-        if case.cancel_at:
-            await until(lambda: case.cancel_at in called(lab, id), f"{case.cancel_at} has begun")
-            await handle.cancel()
-            await until(lambda: told_of_cancel(handle), "the workflow knows that it is cancelled")
-        if not case.late:
+        handle = await lab.start(run, *arguments, id=id, task_queue=self.queue_of(case))
+        try:
+            for call in case.cancel_at:
+                await until(lambda: call in called(lab, id), f"{call} has begun")  # noqa: B023
+                await handle.cancel()
+                await until(lambda: told_of_cancel(handle), "the workflow knows that it is cancelled")
+            if not case.late:
+                open_gate(lab.gate(name))
+            how = await ended(handle)
+        finally:
             open_gate(lab.gate(name))
-        how = await ended(handle)
-        open_gate(lab.gate(name))
         # What was held ends before the books are read; what never answers does not end at all.
         left = len(called(lab, id)) - len([fault for fault in case.faults if fault.does == "never answer"])
         await until(lambda: len(returned(lab, id)) >= left, "every call has ended")
-        calls, amounts = called(lab, id), self.books.amounts(f"{id}/")
-        facts = {"calls": equal(calls, case.calls), "books": equal(amounts, case.books)}
-        facts |= {"balance": Fact(sum(amounts)), "status": equal(how.status, case.status)}
-        return case.kind(case.claim, **facts, **({"why": contains(how.why, case.why)} if case.why else {}))
+        return case.kind(case.claim, **await self.facts(name, case, handle, how))
+
+    async def facts(
+        self, name: str, case: Case, handle: WorkflowHandle[Any, Any], how: Ending
+    ) -> Mapping[str, Fact | list[str]]:
+        calls, amounts, balance = called(self.lab, handle.id), self.booked(name), Fact(sum(self.booked(name)))
+        if case.missing:
+            return {"calls": calls, "books": lacks(amounts, case.missing), "balance": balance}
+        facts = {"calls": equal(calls, case.calls), "books": equal(amounts, case.books), "balance": balance}
+        facts |= {"status": equal(how.status, case.status)}
+        if case.late:
+            facts |= {"the last call": equal(returned(self.lab, handle.id)[-1], case.late)}
+        if case.cancel_at:
+            history = outline(await handle.fetch_history())
+            asked = history.count("WorkflowExecutionCancelRequested")
+            facts |= {"cancellations sent": Fact(len(case.cancel_at)), "in the history": equal(asked, 1)}
+            _, cancelled, then = history.partition("ActivityTaskCancelRequested")
+            if cancelled and case.kind is holds:
+                before_undoing = then.partition("ActivityTaskScheduled undo")[0].split()
+                facts |= {"before the undoing": contains(before_undoing, "ActivityTaskStarted")}
+        return facts | ({"why": contains(how.why, case.why)} if case.why else {})
 
 
 def returned(lab: Lab, workflow: str) -> list[str]:
-    return called(lab, workflow, "ended") + called(lab, workflow, "failed")
+    """The calls that have ended, and how, in this order."""
+    over = sorted([*lab.calls(workflow, "ended"), *lab.calls(workflow, "failed")], key=lambda call: call.at)
+    return [f"{call.what} {call.activity} {call.argument['service']}" for call in over]
 
 
 async def told_of_cancel(handle: WorkflowHandle[Any, Any]) -> bool:
@@ -529,33 +614,36 @@ async def told_of_cancel(handle: WorkflowHandle[Any, Any]) -> bool:
     return bool(asked) and "WorkflowTaskCompleted" in after
 
 
-def new_travel(lab: Lab, name: str) -> tuple[Travel, Books]:
-    books = Books(lab.file(f"{name}.sqlite"))
-    return Travel(Desk(books)), books
-
-
-async def undoing_fails(lab: Lab) -> Evidence:
-    """The hotel cannot be reached twice. Somebody looks while the workflow waits for the third attempt."""
-    travel, books = new_travel(lab, "retried")
-    queue = f"{lab.id}-retried"
-    faults = [no_car, fail("undo", 2, service="hotel", why="the hotel's line is busy")]
-    async with lab.worker([TravelBooking], [travel.book, travel.undo], task_queue=queue, faults=faults):
-        handle = await lab.start(TravelBooking.run, Trip(queue, SERVICES), name="retried", task_queue=queue)
-        await until(lambda: attempt_is(handle, 3), "the undoing waits for its third attempt")
-        pending = await pending_activity(handle)
-        await ended(handle)
+async def undoing_fails(bench: Bench) -> Evidence:
+    """The hotel cannot be reached twice, and the third attempt takes long. Somebody looks meanwhile."""
+    handle = await bench.start("retried")
+    try:
+        pending = await in_mid_air(handle)
+    finally:
+        open_gate(bench.lab.gate("retried"))
+    await ended(handle)
     return holds(
         "an undoing that fails is retried until it succeeds, and only then comes the next; describe tells of it "
         "in mid-air",
-        calls=equal(called(lab, handle.id), [*ALL, "undo car", *["undo hotel"] * 3, "undo flight"]),
-        books=equal(books.amounts(), UNDONE),
+        calls=equal(called(bench.lab, handle.id), [*ALL, "undo car", *["undo hotel"] * 3, "undo flight"]),
+        books=equal(bench.booked("retried"), UNDONE),
         pending=equal(pending.activity_type.name, "undo"),
+        attempt=equal(pending.attempt, 3),
         last_failure=equal(pending.last_failure.message, "the hotel's line is busy"),
     )
 
 
-async def attempt_is(handle: WorkflowHandle[Any, Any], attempt: int) -> bool:
-    return (await pending_activity(handle)).attempt >= attempt
+async def in_mid_air(handle: WorkflowHandle[Any, Any]) -> PendingActivityInfo:
+    """What describe tells when the third attempt is under way; nothing where the run ends without one."""
+    pending = PendingActivityInfo()
+
+    async def seen() -> bool:
+        nonlocal pending
+        pending = await pending_activity(handle)
+        return pending.attempt >= 3 or await status_of(handle) != RUNNING
+
+    await until(seen, "the undoing is at its third attempt, or the run has ended")
+    return pending
 
 
 async def killed_while_undoing(lab: Lab) -> Evidence:
@@ -568,15 +656,16 @@ async def killed_while_undoing(lab: Lab) -> Evidence:
         last_call=equal(called(lab, seen.handle.id)[-1], "undo flight"),
         books=equal([books.amounts(), usual_books.amounts()], [UNDONE, UNDONE]),
         ended=equal([seen.ending.status, usual.ending.status], ["FAILED", "FAILED"]),
-        from_kill_to_end=figure(seen.seconds, "s"),
-        with_the_default_sticky_timeout_of_10_s=figure(usual.seconds, "s"),
+        from_kill_to_end=figure(usual.seconds, "s"),
+        with_a_sticky_timeout_of_1_s_instead_of_10_s=figure(seen.seconds, "s"),
+        of_it_until_the_lost_call_is_given_up=figure(soon().total_seconds(), "s"),
     )
 
 
 async def take_over_at_hotel(lab: Lab, sticky: float) -> tuple[TakeOver, Books]:
     name = f"killed-{sticky:.0f}"
-    travel, books = new_travel(lab, name)
-    gate = lab.gate(name)
+    books, gate = Books(lab.file(f"{name}.sqlite")), lab.gate(name)
+    travel = Travel(Desk(books))
     seen = await lab.take_over(
         TravelBooking.run,
         Trip(lab.id + name, SERVICES),
@@ -588,29 +677,24 @@ async def take_over_at_hotel(lab: Lab, sticky: float) -> tuple[TakeOver, Books]:
             "shortened": {"undo": {"start_to_close_timeout": soon()}},
             "sticky_queue_schedule_to_start_timeout": timedelta(seconds=sticky),
         },
-        point=lambda: len(books.amounts()) == 3,
+        point=lambda: len(books.amounts()) >= 3,
         meanwhile=lambda: open_gate(gate),
     )
     return seen, books
 
 
-async def terminated(lab: Lab) -> Evidence:
-    travel, books = new_travel(lab, "terminated")
-    queue = f"{lab.id}-terminated"
-    faults = [never_answer("book", service="car").of(queue)]
-    async with lab.worker([TravelBooking], [travel.book, travel.undo], task_queue=queue, faults=faults):
-        handle = await lab.start(TravelBooking.run, Trip("first", SERVICES), name="terminated", task_queue=queue)
-        await until(lambda: len(books.amounts()) == 3, "the car is booked, but not confirmed")
-        await handle.terminate(reason="out of patience")
-        # Another booking is made meanwhile: time enough for an undoing of this one to show itself.
-        after = await lab.start(TravelBooking.run, Trip("next", SERVICES), name="successor", task_queue=queue)
-        next_one = await ended(after)
+async def terminated(bench: Bench) -> Evidence:
+    handle = await bench.start("terminated")
+    await until(lambda: len(bench.booked("terminated")) == 3, "the car is booked, but not confirmed")
+    await handle.terminate(reason="out of patience")
+    # Another booking is made meanwhile: time enough for an undoing of this one to show itself.
+    next_one = await ended(await bench.start("successor"))
     return limit(
         "a terminated workflow compensates nothing",
-        calls=equal(called(lab, handle.id), ALL),
-        books=equal(books.amounts(), BOOKED * 2),
-        status=equal(name_of(await status_of(handle)), "TERMINATED"),
-        a_booking_begun_after_it=equal(next_one.status, "COMPLETED"),
+        calls=lacks(called(bench.lab, handle.id), *BACK),
+        balance=equal(sum(bench.booked("terminated")), sum(PRICES.values())),
+        status=name_of(await status_of(handle)),
+        a_booking_begun_after_it=next_one.status,
     )
 
 
@@ -629,8 +713,8 @@ def no_saga_construct() -> Evidence:
 async def compensation(lab: Lab) -> AsyncIterator[Evidence]:
     """Bookings fail, hang, are cancelled and killed; a provider outside Temporal keeps the books."""
     bench = Bench(lab)
-    others = (killed_while_undoing(lab), undoing_fails(lab), terminated(lab))
     async with bench.open():
+        others = (killed_while_undoing(lab), undoing_fails(bench), terminated(bench))
         async for evidence in side_by_side(*(bench.try_case(*case) for case in CASES.items()), *others):
             yield evidence
     yield no_saga_construct()
@@ -638,38 +722,54 @@ async def compensation(lab: Lab) -> AsyncIterator[Evidence]:
 
 # CP-02 Partial restart -------------------------------------------------------------------------------
 # A reset begins a new run that inherits the history up to a chosen point: what was done before it stays
-# done, and only what came after it is repeated, with today's code.
+# done, and only what came after it is repeated, with today's code. So give every step a key: it may come again.
+
+PARTS = ["frame", "motor", "wheels", "paint", "bell"]
 
 
 @dataclass
-class Job:
-    ledger: str
-    spare: str = ""  # a file: step `fails` fails until it is there
-    fails: int = 0
-    waits: int = 0  # step `waits` does not begin before two remarks have come
+class Fitting:
+    order: str
+    part: str
 
 
-@dataclass
-class Step:
-    number: int
-    job: Job
+class Store(Protocol):
+    """Where the parts are kept. What is asked for twice under one key is handed out once."""
+
+    def hand_out(self, key: str, part: str) -> None:
+        """Raises where there is none."""
 
 
-@activity.defn
-async def take_step(step: Step) -> str:
-    note(step.job.ledger, str(step.number))
-    if step.number == step.job.fails and not Path(step.job.spare).exists():
-        raise ApplicationError(f"step {step.number} needs a spare part", non_retryable=True)
-    if step.number > 5:
-        raise ApplicationError(f"there is no step {step.number}", non_retryable=True)
-    return str(step.number)
+class Workshop:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @activity.defn
+    def fit(self, fitting: Fitting) -> None:
+        self.store.hand_out(f"{fitting.order}/{fitting.part}", fitting.part)
 
 
-class Steps:
-    """What the two versions of the workflow below have in common: a journal of steps and remarks."""
+@workflow.defn(name="Assembly")
+class Assembly:
+    """Builds a scooter, and keeps a journal to which anybody may add a remark."""
 
     def __init__(self) -> None:
         self.journal: list[str] = []
+
+    @workflow.run
+    async def run(self, order: str) -> list[str]:
+        return await self.build(order, PARTS)
+
+    async def build(self, order: str, parts: list[str]) -> list[str]:
+        for part in parts:
+            await workflow.execute_activity_method(
+                Workshop.fit,
+                Fitting(order, part),
+                activity_id=part,  # an id that people know, so that a step is easily found from outside
+                start_to_close_timeout=timedelta(minutes=1),
+            )
+            self.journal.append(part)
+        return self.journal
 
     @workflow.signal
     def remark(self, text: str) -> None:
@@ -679,205 +779,248 @@ class Steps:
     def written(self) -> list[str]:
         return self.journal
 
-    async def take(self, numbers: list[int], job: Job) -> list[str]:
-        for place, number in enumerate(numbers, 1):
-            if place == job.waits:
-                await workflow.wait_condition(lambda: {"a", "b"} <= set(self.journal))
-            done = await workflow.execute_activity(take_step, Step(number, job), start_to_close_timeout=PATIENT)
-            self.journal.append(done)
-        return self.journal
+
+async def task_before(run: WorkflowHandle[Any, Any], activity_id: str) -> int:
+    """The event id of the workflow task that scheduled an activity: the point to reset to, to do it again."""
+    async for event in run.fetch_history_events():
+        scheduled = event.activity_task_scheduled_event_attributes
+        if scheduled.activity_id == activity_id:
+            return scheduled.workflow_task_completed_event_id
+    raise ValueError(f"{run.id} has not come to {activity_id}")
 
 
-@workflow.defn(name="FiveSteps")
-class FiveSteps(Steps):
-    @workflow.run
-    async def run(self, job: Job) -> list[str]:
-        return await self.take([1, 2, 3, 4, 5], job)
+async def reset_request(
+    client: Client, run: WorkflowHandle[Any, Any], activity_id: str, reason: str
+) -> ResetWorkflowExecutionRequest:
+    """What asks the server for a new run in which an activity is yet to be scheduled.
+
+    The command line asks for the same: temporal workflow reset --workflow-id ... --event-id ... --reason ...
+    """
+    return ResetWorkflowExecutionRequest(
+        namespace=client.namespace,
+        workflow_execution=WorkflowExecution(workflow_id=run.id, run_id=(await run.describe()).run_id),
+        workflow_task_finish_event_id=await task_before(run, activity_id),
+        reason=reason,
+        identity=client.identity,
+        request_id=str(uuid.uuid4()),
+    )
 
 
-@workflow.defn(name="FiveSteps")
-class FiveStepsWithABug(Steps):
-    @workflow.run
-    async def run(self, job: Job) -> list[str]:
-        return await self.take([1, 2, 3, 40, 5], job)
-
-
-async def task_before(handle: WorkflowHandle[Any, Any], step: int) -> int:
-    """The event id of the workflow task that scheduled a step: the point to reset to, to take it again."""
-    scheduled = [
-        event.activity_task_scheduled_event_attributes.workflow_task_completed_event_id
-        for event in await events_of(handle)
-        if event.HasField("activity_task_scheduled_event_attributes")
-    ]
-    return scheduled[step - 1]
-
-
-async def reset(
-    client: Client, handle: WorkflowHandle[Any, Any], event_id: int, reason: str
+async def reset_before(
+    client: Client, run: WorkflowHandle[Any, Any], activity_id: str, reason: str
 ) -> WorkflowHandle[Any, Any]:
-    """Begin a new run at a workflow task of an old one, by the server's API."""
-    response = await client.workflow_service.reset_workflow_execution(
-        ResetWorkflowExecutionRequest(
-            namespace=client.namespace,
-            workflow_execution=WorkflowExecution(workflow_id=handle.id, run_id=handle.first_execution_run_id or ""),
-            workflow_task_finish_event_id=event_id,
-            reason=reason,
-            identity=client.identity,
-            request_id=str(uuid.uuid4()),  # so that a request sent twice resets once
-        ),
-        retry=True,
-    )
-    return client.get_workflow_handle(handle.id, run_id=response.run_id)
+    """Begin a new run in which an activity is yet to be scheduled.
+
+    Where an answer is lost and the request is sent again, the server resets again: the last new run counts.
+    """
+    request = await reset_request(client, run, activity_id, reason)
+    response = await client.workflow_service.reset_workflow_execution(request, retry=True)
+    return client.get_workflow_handle(run.id, run_id=response.run_id)
 
 
-async def start_job(lab: Lab, name: str, job: Job, task_queue: str = "") -> WorkflowHandle[Any, Any]:
-    return await lab.client.start_workflow(
-        FiveSteps.run, job, id=f"{lab.id}-{name}", task_queue=task_queue or lab.task_queue
-    )
+class Shelf:
+    """A store for the example, from which parts of single orders are missing."""
+
+    def __init__(self) -> None:
+        self.missing: set[str] = set()
+        self.handed_out: list[str] = []
+
+    def hand_out(self, key: str, part: str) -> None:
+        if part not in PARTS or key in self.missing:
+            raise ApplicationError(f"no {part} in the store", non_retryable=True)
+        if key not in self.handed_out:
+            self.handed_out.append(key)
 
 
-ALL_STEPS = ["1", "2", "3", "4", "5"]
+async def example_cp_02(client: Client) -> None:
+    shelf = Shelf()
+    async with Worker(
+        client,
+        task_queue="assembly",
+        workflows=[Assembly],
+        activities=[Workshop(shelf).fit],
+        activity_executor=ThreadPoolExecutor(10),
+    ):
+        order = f"scooter-{uuid.uuid4()}"
+        shelf.missing.add(f"{order}/paint")
+        run = await client.start_workflow(Assembly.run, order, id=order, task_queue="assembly")
+        try:
+            await run.result()
+        except WorkflowFailureError as failure:
+            print(f"The assembly failed: {failure.cause.__cause__}. Handed out: {shelf.handed_out}")
+        shelf.missing.clear()
+        resumed = await reset_before(client, run, "paint", "paint came")
+        print(f"Reset, it ended with {await resumed.result()}. Handed out: {shelf.handed_out}")
 
 
-async def reset_at_step_four(lab: Lab) -> tuple[Evidence, Evidence]:
-    """The spare part comes: one run is reset to step 4, and another is started anew."""
-    job = Job(lab.file("failed"), spare=lab.file("spare"), fails=4)
-    anew = Job(lab.file("anew"), spare=job.spare, fails=4)
-    handles = [await start_job(lab, "failed", job), await start_job(lab, "anew", anew)]
-    why = [await said(handle) for handle in handles]
-    before = [notes(job.ledger), notes(anew.ledger)]
-    Path(job.spare).touch()
+# CP-02 put to the test -------------------------------------------------------------------------------
+
+
+@workflow.defn(name="Assembly")
+class AssemblyWithABug(Assembly):
+    @workflow.run
+    async def run(self, order: str) -> list[str]:
+        return await self.build(order, [*PARTS[:3], "pain", "bell"])
+
+
+async def start_assembly(lab: Lab, name: str, **options: Any) -> WorkflowHandle[Any, Any]:
+    """Start an assembly whose order has the workflow's id."""
+    return await lab.start(Assembly.run, f"{lab.id}-{name}", name=name, **options)
+
+
+def fitted(lab: Lab, name: str) -> list[str]:
+    """The calls for an order, by part."""
+    return [call.argument["part"] for call in lab.calls(f"{lab.id}-{name}")]
+
+
+async def reset_at_step_four(lab: Lab, shelf: Shelf) -> list[Evidence]:
+    """Paint is missing, and comes: one run is reset to step 4, and another is started anew."""
+    names = ("failed", "anew")
+    shelf.missing |= {f"{lab.id}-{name}/paint" for name in names}
+    handles = [await start_assembly(lab, name) for name in names]
+    endings = [await ended(handle) for handle in handles]
+    before, old = [fitted(lab, name) for name in names], await events_of(handles[0])
+    shelf.missing -= {f"{lab.id}-{name}/paint" for name in names}
     begun = time.monotonic()
-    point = await task_before(handles[0], 4)
-    resumed = await reset(lab.client, handles[0], point, "the spare part came")
-    result = await said(resumed)
-    seconds = time.monotonic() - begun
-    # All but the start of the run and the workflow task that the reset broke off.
-    old, new = [(await events_of(handle))[1 : point - 2] for handle in (handles[0], resumed)]
-    again = await said(await start_job(lab, "anew", anew))
-    ran, ran_anew = notes(job.ledger)[4:], notes(anew.ledger)[4:]
-    return works(
-        "failed at step 4, reset there: steps 1 to 3 are not called again, and the run completes",
-        "spare part" in why[0] and before[0] == ALL_STEPS[:4] and ran == ["4", "5"] and result == str(ALL_STEPS)
-        and resumed.run_id != handles[0].first_execution_run_id and old == new and len(new) == point - 3,
-        f"calls: {' '.join(before[0])} ({why[0]}), reset, {' '.join(ran)}; result {result} as a new run of the "
-        f"same workflow id {seconds:.2f} s after the reset; events 2 to {point - 2} are those of the old run; "
-        f"method of WorkflowHandle for it: {', '.join(offered('reset', WorkflowHandle)) or 'none, so raw API'}",
-    ), control(
-        "started anew instead, every call is made again",
-        before[1] == ALL_STEPS[:4] and ran_anew == ALL_STEPS and again == str(ALL_STEPS),
-        f"calls: {' '.join(before[1])}, start anew, {' '.join(ran_anew)}",
+    resumed = await reset_before(lab.client, handles[0], "paint", "paint came")
+    how = await ended(resumed)
+    seconds, new = time.monotonic() - begun, await events_of(resumed)
+    # A new run takes over all events but its own start, up to the workflow task that the reset broke off.
+    kept = [*map(kind_of, new)].index("workflow_task_failed") - 1
+    again = await ended(await start_assembly(lab, "anew"))
+    return [
+        works(
+            "failed at step 4, reset there: steps 1 to 3 are not called again, and the run completes",
+            calls_before=equal(before[0], PARTS[:4]),
+            failed_because=contains(endings[0].why, "no paint"),
+            calls_after=equal(fitted(lab, "failed")[4:], PARTS[3:]),
+            result=equal(how.result, PARTS),
+            steps_that_the_new_run_took_over=equal([*map(kind_of, new[1:kept])].count("activity_task_completed"), 3),
+            events_unchanged=equal(sum(a == b for a, b in zip(old[1:kept], new[1:kept], strict=True)), kept - 1),
+            run_id=differs(resumed.run_id, handles[0].first_execution_run_id),
+            from_reset_to_end=figure(seconds, "s"),
+            methods_of_WorkflowHandle_for_it=offered("reset", WorkflowHandle),
+        ),
+        control(
+            "started anew instead, every call is made again",
+            calls_before=equal(before[1], PARTS[:4]),
+            calls_after=equal(fitted(lab, "anew")[4:], PARTS),
+            result=equal(again.result, PARTS),
+        ),
+    ]
+
+
+async def sent_twice(lab: Lab, shelf: Shelf) -> Evidence:
+    """One request, with one request id, comes to the server twice, as after an answer that was lost."""
+    shelf.missing.add(f"{lab.id}-twice/paint")
+    handle = await start_assembly(lab, "twice")
+    await ended(handle)
+    request = await reset_request(lab.client, handle, "paint", "paint came")
+    runs = [(await lab.client.workflow_service.reset_workflow_execution(request, retry=True)).run_id for _ in range(2)]
+    first = await ended(lab.client.get_workflow_handle(handle.id, run_id=runs[0]))
+    return limit(
+        "a reset that is sent twice under one request id resets twice", new_runs=differs(runs[1], runs[0]),
+        of_which_the_first_is=first.status,
     )  # fmt: skip
 
 
-async def signals_reapplied(lab: Lab) -> tuple[Evidence, Evidence]:
+async def signals_reapplied(lab: Lab, shelf: Shelf) -> list[Evidence]:
     """Two signals come after step 4, then step 5 fails; the run is reset to before step 4."""
-    job = Job(lab.file("signals"), spare=lab.file("signals.spare"), fails=5, waits=5)
-    handle = await start_job(lab, "signals", job)
-    await until(lambda: journal_is(handle, ALL_STEPS[:4]), "four steps are taken")
+    shelf.missing.add(f"{lab.id}-signals/bell")
+    handle = await start_assembly(lab, "signals")
+    await until(lambda: fitted(lab, "signals") == PARTS, "step 5 has begun")
     for text in ("a", "b"):
-        await handle.signal(FiveSteps.remark, text)
-    await said(handle)
-    old: list[str] = await handle.query(FiveSteps.written)
-    Path(job.spare).touch()
-    resumed = await reset(lab.client, handle, await task_before(handle, 4), "the spare part came")
-    await said(resumed)
-    new: list[str] = await resumed.query(FiveSteps.written)
-    told = f"journal before the reset: {' '.join(old)}; after it: {' '.join(new)}"
-    return holds(
-        "signals from after the reset point are not lost: each is there once, in the order they were sent",
-        [entry for entry in new if entry in "ab"] == ["a", "b"] and sorted(new) == sorted([*ALL_STEPS, "a", "b"])
-        and notes(job.ledger) == ["1", "2", "3", "4", "5", "4", "5"],
-        f"{told}; calls: {' '.join(notes(job.ledger))}",
-    ), limit(
-        "reapplied signals come before the repeated steps, although they had come after them",
-        old.index("a") > old.index("4") and new.index("a") < new.index("4"),
-        told,
-    )  # fmt: skip
-
-
-async def journal_is(handle: WorkflowHandle[Any, Any], entries: list[str]) -> bool:
-    written: list[str] = await handle.query(FiveSteps.written)
-    return written == entries
-
-
-async def bug_mended(lab: Lab) -> Evidence:
-    """The workflow's code calls a step that does not exist. It is mended, and the run reset by the CLI."""
-    ledger, queue = lab.file("bug"), f"{lab.id}-bug"
-    handle = await start_job(lab, "bug", Job(ledger), queue)
-    async with lab.worker([FiveStepsWithABug], [take_step], task_queue=queue):
-        why = await said(handle)
-    event = str(await task_before(handle, 4))
-    async with lab.worker([FiveSteps], [take_step], task_queue=queue):
-        await by_cli(
-            lab, "workflow", "reset", "--workflow-id", handle.id, "--event-id", event, "--reason", "bug mended"
-        )  # fmt: skip
-        result = await said(lab.client.get_workflow_handle(handle.id))
-    return holds(
-        "with the bug in the workflow's code mended, a run that it spoilt is reset and completes",
-        "no step 40" in why and result == str(ALL_STEPS)
-        and notes(ledger) == ["1", "2", "3", "40", "4", "5"],
-        f"calls: {' '.join(notes(ledger))} (40 by the bug: {why}); result {result}; "
-        f"by: temporal workflow reset --event-id {event}",
-    )  # fmt: skip
+        await handle.signal(Assembly.remark, text)
+    open_gate(lab.gate("signals"))
+    await ended(handle)
+    old: list[str] = await handle.query(Assembly.written)
+    if old != [*PARTS[:4], "a", "b"]:
+        raise RuntimeError(f"the journal before the reset: {old}")
+    shelf.missing.discard(f"{lab.id}-signals/bell")
+    resumed = await reset_before(lab.client, handle, "paint", "a bell came")
+    how = await ended(resumed)
+    new: list[str] = await resumed.query(Assembly.written)
+    return [
+        holds(
+            "signals from after the reset point are not lost: each is there once, in the order they were sent",
+            status=equal(how.status, "COMPLETED"),
+            remarks=equal([entry for entry in new if entry not in PARTS], ["a", "b"]),
+            steps=equal([entry for entry in new if entry in PARTS], PARTS),
+        ),
+        holds(
+            "a step that was done and comes again counts once: its key is made of the order",
+            calls=equal(fitted(lab, "signals"), [*PARTS, "paint", "bell"]),
+            parts_handed_out=equal(len([key for key in shelf.handed_out if handle.id in key]), len(PARTS)),
+        ),
+        limit(
+            "reapplied signals come before the repeated steps, although they had come after them",
+            journal_before_the_reset=old,
+            journal_after_it=new,
+            in_it_before_step_4=contains(new[: new.index("paint")], "a", "b"),
+        ),
+    ]
 
 
 BATCH = 5
+TAKEN_BACK = f"{BATCH} runs spoilt by a bad build are reset by one command to where it took over, and complete"
+MENDED = "with the bug in the workflow's code mended, a run that it spoilt is reset and completes"
 
 
-@piece(holds(f"{BATCH} runs spoilt by a bad build are reset by one command to where it took over, and complete"))
-async def bad_deployment(lab: Lab) -> Evidence:
-    """Step 4 of five runs falls into the hands of a bad build. One command takes all of them back to before it."""
+@piece(holds(MENDED), holds(TAKEN_BACK))
+async def bad_build(lab: Lab, shelf: Shelf) -> list[Evidence]:
+    """Step 4 of some runs falls to a build that has a bug. One command each takes one and five of them back."""
     lab.needs("batch operations")
-    queue = f"{lab.id}-batch"
-    jobs = [Job(lab.file(f"batch-{n}"), waits=4) for n in range(BATCH)]
-    handles = [await start_job(lab, f"batch-{n}", job, queue) for n, job in enumerate(jobs)]
-    async with lab.worker([FiveSteps], [take_step], task_queue=queue, build_id="good"):
-        for handle in handles:
-            await until(lambda: journal_is(handle, ALL_STEPS[:3]), "three steps are taken")  # noqa: B023
-    async with lab.worker([FiveStepsWithABug], [take_step], task_queue=queue, build_id="bad"):
-        for handle in handles:
-            for text in ("a", "b"):
-                await handle.signal(FiveSteps.remark, text)
-        spoilt = [await said(handle) for handle in handles]
-    query = f'WorkflowId STARTS_WITH "{queue}" AND ExecutionStatus = "Failed" AND BuildIds = "unversioned:bad"'
-    await until(lambda: count_is(lab.client, query, BATCH), "the failed runs are listed")
-    async with lab.worker([FiveSteps], [take_step], task_queue=queue, build_id="mended"):
-        await by_cli(
-            lab, "workflow", "reset", "--query", query, "--type", "BuildId", "--build-id", "bad",
-            "--reason", "bad deployment", "--yes",
-        )  # fmt: skip
-        after = [lab.client.get_workflow_handle(handle.id) for handle in handles]
-        await until(lambda: all_are(after, COMPLETED), "all runs are completed")
-        results = [await said(handle) for handle in after]
-    calls = {" ".join(notes(job.ledger)) for job in jobs}
-    return holds(
-        f"{BATCH} runs spoilt by a bad build are reset by one command to where it took over, and complete",
-        all("no step 40" in why for why in spoilt) and calls == {"1 2 3 40 4 5"}
-        and len(results) == BATCH and set(results) == {str(["1", "2", "3", "a", "b", "4", "5"])},
-        f"calls of each of the {BATCH}: {' or '.join(sorted(calls))}; found by {query}; "
-        "by: temporal workflow reset --query ... --type BuildId --build-id bad",
-    )  # fmt: skip
-
-
-async def count_is(client: Client, query: str, expected: int) -> bool:
-    return (await client.count_workflows(query)).count == expected
-
-
-async def all_are(handles: list[WorkflowHandle[Any, Any]], status: WorkflowExecutionStatus) -> bool:
-    return all([await status_of(handle) == status for handle in handles])
+    queue, fit, gate = f"{lab.id}-builds", Workshop(shelf).fit, lab.gate("builds")
+    names = [f"batch-{n}" for n in range(BATCH)]
+    query = f'WorkflowId STARTS_WITH "{lab.id}-batch" AND ExecutionStatus = "Failed" AND BuildIds = "unversioned:bad"'
+    # The activities are no part of the build: the wheels are under way while the workflows' worker is replaced.
+    async with lab.worker((), [fit], task_queue=queue, faults=[withhold("fit", gate, part="wheels")]):
+        async with lab.worker([Assembly], task_queue=queue, build_id="good"):
+            handles = [await start_assembly(lab, name, task_queue=queue) for name in names]
+            await until(lambda: all(fitted(lab, name) == PARTS[:3] for name in names), "the wheels are being fitted")
+        open_gate(gate)
+        async with lab.worker([AssemblyWithABug], task_queue=queue, build_id="bad"):
+            single = await start_assembly(lab, "single", task_queue=queue)
+            spoilt = [(await ended(handle)).why for handle in (single, *handles)]
+        await until(lambda: count_is(lab.client, query, BATCH), "the failed runs are listed")
+        event = str(await task_before(single, "pain"))
+        batch = ("--query", query, "--type", "BuildId", "--build-id", "bad", "--reason", "bad build", "--yes")
+        async with lab.worker([Assembly], task_queue=queue, build_id="mended"):
+            await by_cli(lab, "workflow", "reset", "-w", single.id, "--event-id", event, "--reason", "mended")
+            await by_cli(lab, "workflow", "reset", *batch)
+            results = [one.result for one in await driven_again(lab.client, [single, *handles])]
+    calls = [*PARTS[:3], "pain", "paint", "bell"]
+    return [
+        holds(
+            MENDED,
+            failed_because=equal(spoilt[0], "no pain in the store"),
+            calls=equal(fitted(lab, "single"), calls),
+            result=equal(results[0], PARTS),
+            by=f"temporal workflow reset --event-id {event}",
+        ),
+        holds(
+            TAKEN_BACK,
+            failed_because=equal(sorted({*spoilt[1:]}), ["no pain in the store"]),
+            calls=equal([" ".join(fitted(lab, name)) for name in names], [" ".join(calls)] * BATCH),
+            completed_with_all_parts=equal(results[1:].count(PARTS), BATCH),
+            found_by=query,
+            by="temporal workflow reset --query ... --type BuildId --build-id bad",
+        ),
+    ]
 
 
 @CP.item("CP-02", "Partial restart")
 async def partial_restart(lab: Lab) -> AsyncIterator[Evidence]:
     """Failed runs are reset to a step in the middle; a ledger outside Temporal counts the calls."""
-    parts = (reset_at_step_four, signals_reapplied, bug_mended, bad_deployment)
-    async with lab.worker([FiveSteps], [take_step]):
-        async for evidence in side_by_side(*(part(lab) for part in parts)):
+    shelf, parts = Shelf(), (reset_at_step_four, sent_twice, signals_reapplied, bad_build)
+    held = hold("fit", lab.gate("signals"), part="bell").of(f"{lab.id}-signals")
+    async with lab.worker([Assembly], [Workshop(shelf).fit], faults=[held]):
+        async for evidence in side_by_side(*(part(lab, shelf) for part in parts)):
             yield evidence
     yield native(
         "reset is the server's (the command makes the call made here); a workflow has no code for it",
-        WorkflowHandle.fetch_history,
+        WorkflowHandle.describe,
+        WorkflowHandle.fetch_history_events,
         "temporal workflow reset --event-id",
         adds=["finding the event at which a step began"],
     )
@@ -890,268 +1033,471 @@ async def partial_restart(lab: Lab) -> AsyncIterator[Evidence]:
 
 # CP-03 Manual intervention ---------------------------------------------------------------------------
 # A workflow that is stuck is still an open run with an id: whoever may reach the server can tell it to go
-# on, to do something else, or to stop. Leave the words for that in its code.
+# on, to do something else, or to stop. Leave the words for that in its code, and let it look first at what came
+# of the attempt under way.
 
 
 @dataclass
 class Parcel:
-    ledger: str
-    open_door: str  # a file: at the address "home" nobody opens until it is there
+    number: str
     address: str = "home"
-    retry: float = 3600  # seconds until a delivery is tried again
+    again: float = 3600  # seconds after which a delivery that failed is tried again
 
 
-@activity.defn
-async def deliver(parcel: Parcel) -> str:
-    note(parcel.ledger, f"{parcel.address}, attempt {activity.info().attempt}")
-    if parcel.address == "home" and not Path(parcel.open_door).exists():
-        raise ApplicationError("nobody at home")
-    return f"delivered at {parcel.address}"
+class Courier(Protocol):
+    def deliver(self, number: str, address: str) -> None:
+        """Raises where nobody opens."""
+
+    def take_back(self, number: str) -> None: ...
 
 
-@activity.defn
-async def take_back(parcel: Parcel) -> None:
-    note(parcel.ledger, "taken back")
+class Tour:
+    def __init__(self, courier: Courier) -> None:
+        self.courier = courier
+
+    @activity.defn
+    def deliver(self, parcel: Parcel) -> str:
+        self.courier.deliver(parcel.number, parcel.address)
+        return f"delivered at {parcel.address}"
+
+    @activity.defn
+    def take_back(self, parcel: Parcel) -> None:
+        self.courier.take_back(parcel.number)
 
 
 @workflow.defn
 class Delivery:
-    """Gets stuck: nobody is at home, and the next attempt is an hour away."""
-
     def __init__(self) -> None:
-        self.instead = ""
+        self.address = self.instead = self.outcome = ""
+        self.given_up = False
 
     @workflow.run
     async def run(self, parcel: Parcel) -> str:
         try:
-            delivery = self.start(parcel)
-            await workflow.wait_condition(lambda: delivery.done() or self.instead != "")
-            if not self.instead:
-                return await delivery
-            delivery.cancel()
-            if self.instead == "give up":
-                return "given up"
-            parcel.address = self.instead
-            return await self.start(parcel)
+            self.address = parcel.address
+            while not self.outcome:
+                await self.try_at(replace(parcel, address=self.address))
         except asyncio.CancelledError:
-            await workflow.execute_activity(take_back, parcel, start_to_close_timeout=PATIENT)
+            await workflow.execute_activity_method(Tour.take_back, parcel, start_to_close_timeout=timedelta(seconds=30))
             raise
+        finally:
+            self.outcome = self.outcome or "not delivered"  # whoever waits for an answer gets one
+            await workflow.wait_condition(workflow.all_handlers_finished)
+        return self.outcome
+
+    async def try_at(self, parcel: Parcel) -> None:
+        attempts = self.start(parcel)
+        try:
+            await workflow.wait_condition(lambda: attempts.done() or self.given_up or self.instead != "")
+        finally:
+            await no_more(attempts)
+        try:
+            # First what came of it: the parcel may have arrived while somebody stepped in.
+            self.outcome = await attempts
+        except ActivityError:
+            if self.given_up:
+                self.outcome = "given up"
+            elif self.instead:
+                self.address, self.instead = self.instead, ""
+            else:
+                raise
 
     def start(self, parcel: Parcel) -> workflow.ActivityHandle[str]:
-        wait = timedelta(seconds=parcel.retry)
-        policy = RetryPolicy(initial_interval=wait, maximum_interval=wait, backoff_coefficient=1)
-        # An id of its own makes the activity easy to name from outside.
-        return workflow.start_activity(
-            deliver, parcel, activity_id=parcel.address, start_to_close_timeout=10 * SECOND, retry_policy=policy
+        wait = timedelta(seconds=parcel.again)
+        return workflow.start_activity_method(
+            Tour.deliver,
+            parcel,
+            activity_id=parcel.address,  # an id that people know, so that it is easily named from outside
+            start_to_close_timeout=timedelta(seconds=30),
+            retry_policy=RetryPolicy(initial_interval=wait, maximum_interval=wait, backoff_coefficient=1),
+            # Nothing else is done before the attempt under way has ended, which may be a delivery.
+            cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
         )
 
     @workflow.signal
     def give_up(self) -> None:
-        self.instead = "give up"
+        self.given_up = True
 
     @workflow.update
-    def redirect(self, address: str) -> str:
+    async def redirect(self, address: str) -> str:
+        """Answers when it is certain. Fails where the parcel arrived before, or was given up."""
         self.instead = address
+        await workflow.wait_condition(lambda: self.address == address or self.outcome != "")
+        if self.outcome:
+            raise ApplicationError(f"too late: {self.outcome}")
         return f"goes to {address}"
+
+    @redirect.validator
+    def may_be_redirected(self, address: str) -> None:
+        if address in ("", self.address):
+            raise ValueError(f"it goes to {self.address}: name another address")
+
+
+async def no_more(attempts: workflow.ActivityHandle[str]) -> None:
+    """Cancel an activity, and wait until it can no longer have an effect."""
+    attempts.cancel()
+    try:
+        await workflow.wait([attempts])
+    except asyncio.CancelledError:  # the workflow's own cancellation, which comes once: it waits, too
+        await workflow.wait([attempts])
+        raise
+
+
+class Street:
+    """A courier for the example: doors are opened one by one, by the number of a parcel."""
+
+    def __init__(self) -> None:
+        self.open_to: set[str] = set()
+        self.delivered: list[tuple[str, str]] = []
+
+    def deliver(self, number: str, address: str) -> None:
+        if address == "home" and number not in self.open_to:
+            raise ApplicationError("nobody at home")
+        self.delivered.append((number, address))
+
+    def take_back(self, number: str) -> None: ...
+
+
+async def example_cp_03(client: Client) -> None:
+    street = Street()
+    tour = Tour(street)
+    async with Worker(
+        client,
+        task_queue="parcels",
+        workflows=[Delivery],
+        activities=[tour.deliver, tour.take_back],
+        activity_executor=ThreadPoolExecutor(10),
+    ):
+        parcel = Parcel(str(uuid.uuid4()))
+        run = await client.start_workflow(Delivery.run, parcel, id=f"parcel-{parcel.number}", task_queue="parcels")
+        print(f"The next attempt is an hour away, so: {await run.execute_update(Delivery.redirect, 'office')}")
+        print(f"The run ended with {await run.result()!r}. Deliveries: {street.delivered}")
+
+
+# CP-03 put to the test -------------------------------------------------------------------------------
+
+OPERATOR, FIRST_CALL = "night shift", "deliver at home, attempt 1"
 
 
 @dataclass
-class Stuck:
-    """A delivery that nobody was at home for."""
+class Visit:
+    """A delivery. Its parcel has the number that the workflow has as its id."""
 
+    lab: Lab
+    street: Street
     handle: WorkflowHandle[Any, Any]
-    parcel: Parcel
 
     @property
     def calls(self) -> list[str]:
-        return notes(self.parcel.ledger)
+        calls = self.lab.calls(self.handle.id)
+        return [f"{call.activity} at {call.argument['address']}, attempt {call.attempt}" for call in calls]
+
+    @property
+    def delivered(self) -> list[str]:
+        return sorted(address for number, address in self.street.delivered if number == self.handle.id)
+
+    def open_door(self) -> None:
+        self.street.open_to.add(self.handle.id)
+
+    async def cli(self, operation: str, *options: str) -> None:
+        """`temporal activity ...` for the activity at home, by the operator."""
+        where = ("--workflow-id", self.handle.id, "--activity-id", "home", "--identity", OPERATOR)
+        await by_cli(self.lab, "activity", operation, *where, *options)
+
+    async def failed_once(self) -> bool:
+        pending = await pending_activity(self.handle)
+        return pending.attempt >= 2 and pending.last_failure.message == "nobody at home"
+
+    async def is_paused(self) -> bool:
+        return (await pending_activity(self.handle)).state == PendingActivityState.PENDING_ACTIVITY_STATE_PAUSED
+
+    async def minutes_away(self) -> float:
+        """How long the server waits before the next attempt."""
+        return (await pending_activity(self.handle)).current_retry_interval.ToTimedelta() / timedelta(minutes=1)
 
 
-async def start_delivery(lab: Lab, name: str, retry: float = 3600) -> Stuck:
+async def visit(
+    lab: Lab, street: Street, name: str, again: float = 3600, run: Any = Delivery.run, **options: Any
+) -> Visit:
+    """Start a delivery."""
+    parcel = Parcel(f"{lab.id}-{name}", again=again)
+    return Visit(lab, street, await lab.start(run, parcel, name=name, **options))
+
+
+async def stuck(lab: Lab, street: Street, name: str, again: float = 3600) -> Visit:
     """Start a delivery and wait until its first attempt has failed."""
-    parcel = Parcel(lab.file(f"{name}.ledger"), lab.file(f"{name}.door"), retry=retry)
-    handle: WorkflowHandle[Any, Any] = await lab.client.start_workflow(
-        Delivery.run, parcel, id=f"{lab.id}-{name}", task_queue=lab.task_queue
-    )
-    stuck = Stuck(handle, parcel)
-    await until(lambda: has_failed(stuck), "the first attempt has failed")
-    return stuck
+    one = await visit(lab, street, name, again)
+    await until(one.failed_once, "the first attempt has failed")
+    return one
 
 
-async def has_failed(stuck: Stuck) -> bool:
-    pending = await pending_activity(stuck.handle)
-    return pending.attempt >= 2 and pending.last_failure.message == "nobody at home"
+@dataclass(frozen=True)
+class StepIn:
+    """A way to step into a stuck run, what must come of it, and where the history says who did it and why."""
+
+    what: str
+    act: Callable[[Visit], Awaitable[object]]
+    status: str
+    came_of_it: str  # the result, or why it ended
+    calls: Sequence[str]
+    event: str
+    who: str = "identity"
+    why: str = ""  # the path of the field, empty where the event has none
+    reason: str = ""
+    answer: str | None = None
 
 
-async def pending_activity(handle: WorkflowHandle[Any, Any]) -> PendingActivityInfo:
-    """What the server tells of a run's open activity, which is not in the history; empty when none is open."""
-    pending = (await handle.describe()).raw_description.pending_activities
-    return pending[0] if pending else PendingActivityInfo()
+async def by_reset(one: Visit) -> None:
+    """Somebody is at home again: instead of waiting an hour, the run is taken back to before the first attempt."""
+    one.open_door()
+    one.handle = await reset_before(one.lab.client, one.handle, "home", "somebody is at home")
 
 
-FIRST_CALL = "home, attempt 1"
+STEPS_IN = {
+    "cancel": StepIn(
+        "cancel, with a last word for the workflow,", lambda one: one.handle.cancel(reason="order withdrawn"),
+        "CANCELED", "Workflow cancelled", ["take_back at home, attempt 1"],
+        "workflow_execution_cancel_requested", why="cause", reason="order withdrawn",
+    ),
+    "terminate": StepIn(
+        "terminate, without a last word,", lambda one: one.handle.terminate(reason="parcel lost"),
+        "TERMINATED", "parcel lost", [], "workflow_execution_terminated", why="reason", reason="parcel lost",
+    ),
+    "signal": StepIn(
+        "signal", lambda one: one.handle.signal(Delivery.give_up),
+        "COMPLETED", "given up", [], "workflow_execution_signaled",
+    ),
+    "update": StepIn(
+        "update, which answers,", lambda one: one.handle.execute_update(Delivery.redirect, "office"),
+        "COMPLETED", "delivered at office", ["deliver at office, attempt 1"],
+        "workflow_execution_update_accepted", who="accepted_request.meta.identity", answer="goes to office",
+    ),
+    "reset": StepIn(
+        "reset, its cause mended,", by_reset, "COMPLETED", "delivered at home", [FIRST_CALL],
+        "workflow_task_failed", why="failure.message", reason="somebody is at home",
+    ),
+}  # fmt: skip
 
 
-@dataclass
-class Trace:
-    """What the history keeps of an operation: who did it and why; "" where it has no such field or value."""
-
-    operation: str
-    who: str
-    why: str
-
-
-async def trace_of(handle: WorkflowHandle[Any, Any], operation: str, event: str, who: str, why: str) -> Trace:
-    """Read who and why from the one event of that kind; `who` and `why` are the paths of its fields."""
-    kind = f"{event}_event_attributes"
-    found = [getattr(one, kind) for one in await events_of(handle) if one.WhichOneof("attributes") == kind]
-    if len(found) != 1:
-        raise RuntimeError(f"{len(found)} events {event} in the history after one {operation}")
-    return Trace(operation, value_at(found[0], who), value_at(found[0], why))
-
-
-def value_at(message: Any, path: str) -> str:
-    for name in path.split(".") if path else []:
-        message = getattr(message, name)
-    return str(message) if path else ""
-
-
-async def outcome(
-    stuck: Stuck, operation: str, status: WorkflowExecutionStatus, result: str, *calls: str, answered: bool = True
-) -> Evidence:
-    """Wait for the end of a run that somebody stepped into, and compare it with what should come of it."""
+async def step_in(lab: Lab, street: Street, name: str, way: StepIn) -> tuple[Evidence, str, str]:
+    """Step into a stuck run. Returns what came of it, and who did it and why as the history has it."""
+    one = await stuck(lab, street, name)
     begun = time.monotonic()
-    handle = stuck.handle
-    how = await said(handle)
-    seconds, seen = time.monotonic() - begun, (await handle.describe()).status
-    return works(
-        f"{operation} ends a stuck run as {status.name}",
-        seen == status and result in how and stuck.calls == [FIRST_CALL, *calls] and answered,
-        f"status {name_of(seen)}, {how!r}, {seconds:.2f} s after the call; activity calls: {'; '.join(stuck.calls)}",
+    answer = await way.act(one)
+    how = await ended(one.handle)
+    seconds = time.monotonic() - begun
+    evidence = works(
+        f"{way.what} ends a stuck run as {way.status}",
+        status=equal(how.status, way.status),
+        came_of_it=equal(how.result or how.why, way.came_of_it),
+        calls=equal(one.calls, [FIRST_CALL, *way.calls]),
+        answer=equal(answer, way.answer),
+        within=figure(seconds, "s"),
+    )
+    event = await only_event(one.handle, way.event)
+    return evidence, operator.attrgetter(way.who)(event), way.why and operator.attrgetter(way.why)(event)
+
+
+async def only_event(handle: WorkflowHandle[Any, Any], kind: str) -> Any:
+    """The attributes of the one event of a kind in a history."""
+    (found,) = (event for event in await events_of(handle) if kind_of(event) == kind)
+    return getattr(found, f"{kind}_event_attributes")
+
+
+async def from_python(lab: Lab, street: Street) -> list[Evidence]:
+    seen = await asyncio.gather(*(step_in(lab, street, *way) for way in STEPS_IN.items()))
+    who = {f"{name}_by": who for name, (_, who, _) in zip(STEPS_IN, seen, strict=True)}
+    why = {f"why_{name}": why for name, (_, _, why) in zip(STEPS_IN, seen, strict=True)}
+    me, reset_by = lab.client.identity, who.pop("reset_by")
+    return [evidence for evidence, _, _ in seen] + [
+        holds(
+            "the history says who cancelled, terminated, signalled and updated, and why where the call takes a reason",
+            **{name: equal(one, me) for name, one in who.items()},
+            **{f"why_{name}": equal(why[f"why_{name}"], way.reason) for name, way in STEPS_IN.items() if way.why},
+        ),
+        limit(
+            "who reset a run is not in the history, although the request named them",
+            in_the_request=me,
+            in_the_history=differs(reset_by, me),
+        ),
+    ]
+
+
+async def forged(lab: Lab, street: Street) -> Evidence:
+    """Somebody calls themselves by another's name."""
+    one = await stuck(lab, street, "forged")
+    client = await connect(lab.target, identity="the managing director")
+    await client.get_workflow_handle(one.handle.id).signal(Delivery.give_up)
+    await ended(one.handle)
+    return limit(
+        "who did something is what their client says of itself: the history takes any name",
+        it_says=equal((await only_event(one.handle, "workflow_execution_signaled")).identity, "the managing director"),
+        though_it_was=lab.client.identity,
     )
 
 
-async def step_in_by_cancel(lab: Lab) -> tuple[Evidence, Trace]:
-    stuck = await start_delivery(lab, "cancel")
-    await stuck.handle.cancel(reason="order withdrawn")
-    seen = await outcome(stuck, "cancel, with a last word for the workflow,", CANCELED, "", "taken back")
-    return seen, await trace_of(stuck.handle, "cancel", "workflow_execution_cancel_requested", "identity", "cause")
+async def redirected(one: Visit, address: str = "office") -> str:
+    """What an update answers that sends the parcel elsewhere, also when it fails."""
+    try:
+        return str(await one.handle.execute_update(Delivery.redirect, address))
+    except WorkflowUpdateFailedError as failure:
+        return str(failure.cause)
 
 
-async def step_in_by_terminate(lab: Lab) -> tuple[Evidence, Trace]:
-    stuck = await start_delivery(lab, "terminate")
-    await stuck.handle.terminate(reason="parcel lost")
-    seen = await outcome(stuck, "terminate, without a last word,", TERMINATED, "")
-    return seen, await trace_of(stuck.handle, "terminate", "workflow_execution_terminated", "identity", "reason")
-
-
-async def step_in_by_signal(lab: Lab) -> tuple[Evidence, Trace]:
-    stuck = await start_delivery(lab, "signal")
-    await stuck.handle.signal(Delivery.give_up)
-    seen = await outcome(stuck, "signal", COMPLETED, "given up")
-    return seen, await trace_of(stuck.handle, "signal", "workflow_execution_signaled", "identity", "")
-
-
-async def step_in_by_update(lab: Lab) -> tuple[Evidence, Trace]:
-    stuck = await start_delivery(lab, "update")
-    answer = await stuck.handle.execute_update(Delivery.redirect, "office")
-    right = answer == "goes to office"
-    seen = await outcome(
-        stuck, "update, which answers,", COMPLETED, "delivered at office", "office, attempt 1", answered=right
-    )
-    accepted = "workflow_execution_update_accepted"
-    return seen, await trace_of(stuck.handle, "update", accepted, "accepted_request.meta.identity", "")
-
-
-async def step_in_by_reset(lab: Lab) -> tuple[Evidence, Trace]:
-    """Somebody is at home again: instead of waiting an hour, the delivery is taken back to before it was tried."""
-    stuck = await start_delivery(lab, "reset")
-    Path(stuck.parcel.open_door).touch()
-    stuck.handle = await reset(lab.client, stuck.handle, await task_before(stuck.handle, 1), "somebody is at home")
-    seen = await outcome(stuck, "reset, its cause mended,", COMPLETED, "delivered at home", FIRST_CALL)
-    return seen, await trace_of(stuck.handle, "reset", "workflow_task_failed", "identity", "failure.message")
-
-
-REASONS = {"cancel": "order withdrawn", "terminate": "parcel lost", "reset": "somebody is at home"}
-NAMED = ("cancel", "terminate", "signal", "update")
-
-
-def who_and_why(lab: Lab, traces: list[Trace]) -> tuple[Evidence, Evidence]:
-    mine = lab.client.identity
-    whys = {trace.operation: trace.why for trace in traces if trace.why}
-    named = {trace.operation for trace in traces if trace.who == mine}
-    told = "; ".join(f"{one.operation}: {one.who or 'missing'}, {one.why or 'no reason kept'}" for one in traces)
-    reset_by = next(trace.who for trace in traces if trace.operation == "reset")
+async def refused_words(lab: Lab, street: Street) -> Evidence:
+    one = await stuck(lab, street, "refused")
     return holds(
-        "the history says who cancelled, terminated, signalled and updated, and why where the call takes a reason",
-        set(NAMED) <= named and whys == REASONS,
-        f"this client is {mine}; in the histories: {told}",
-    ), limit(
-        "who reset a run is not in the history, although the request named them",
-        reset_by != mine,
-        f"the request's identity: {mine}; in the event: {reset_by!r}",
-    )  # fmt: skip
+        "an update that makes no sense is refused by its validator, and leaves no event",
+        answer=contains(await redirected(one, "home"), "name another address"),
+        history=equal(outline(await one.handle.fetch_history()).splitlines(), HISTORY),
+        status=equal(name_of(await status_of(one.handle)), "RUNNING"),
+    )
 
 
-async def from_python(lab: Lab) -> list[Evidence]:
-    parts = (step_in_by_cancel, step_in_by_terminate, step_in_by_signal, step_in_by_update, step_in_by_reset)
-    outcomes = await asyncio.gather(*(part(lab) for part in parts))
-    return [seen for seen, _ in outcomes] + list(who_and_why(lab, [trace for _, trace in outcomes]))
+HISTORY = ["WorkflowExecutionStarted Delivery", "ActivityTaskScheduled deliver"]
 
 
-async def activity_cli(lab: Lab, operation: str, stuck: Stuck, *options: str) -> None:
-    """`temporal activity ...` for the one activity of a delivery."""
-    await by_cli(lab, "activity", operation, "--workflow-id", stuck.handle.id, "--activity-id", "home", *options)
+@workflow.defn
+class Hasty(Delivery):
+    """The control: it looks at what is asked for, and not first at what came of the attempt."""
+
+    @workflow.run
+    async def run(self, parcel: Parcel) -> str:
+        attempts = self.start(parcel)
+        await workflow.wait_condition(lambda: attempts.done() or self.instead != "")
+        if not self.instead:
+            return await attempts
+        await no_more(attempts)
+        self.address = self.instead
+        return await self.start(replace(parcel, address=self.address))
 
 
-OPERATOR = "night shift"
+SLOWLY = ("moment", "hasty", "under-way", "hurried")  # deliveries at which somebody comes to the door slowly
 
 
-async def pause_activity(lab: Lab) -> Evidence:
+async def in_one_task(lab: Lab, street: Street) -> list[Evidence]:
+    """While no worker takes workflow tasks, the parcel is redirected and delivered: both are in the next task."""
+    options: dict[str, Any] = {
+        "task_queue": f"{lab.id}-moment",
+        # The activities go on, by the item's other worker.
+        "shortened": {"deliver": {"task_queue": lab.task_queue, **LONG}},
+    }
+    async with lab.worker([Delivery, Hasty], **options):
+        one = await visit(lab, street, "moment", task_queue=options["task_queue"])
+        other = await visit(lab, street, "hasty", run=Hasty.run, task_queue=options["task_queue"])
+        await until(lambda: one.calls == other.calls == [FIRST_CALL], "the parcels are on their way")
+    answers = [asyncio.ensure_future(redirected(each)) for each in (one, other)]
+    for each, name in ((one, "moment"), (other, "hasty")):
+        await until(partial(task_waits, each), "the update waits for a worker")
+        each.open_door()
+        open_gate(lab.gate(name))
+        await until(partial(has_event, each, "activity_task_completed"), "it was delivered")
+    async with lab.worker([Delivery, Hasty], **options):
+        return [
+            await delivered_once(
+                "delivered and redirected in the same workflow task: it is delivered once, and the update fails",
+                one, answers[0],
+            ),
+            await delivered_twice("a workflow that looks at the update first delivers twice", other, answers[1]),
+        ]  # fmt: skip
+
+
+async def under_way(lab: Lab, street: Street) -> list[Evidence]:
+    """The parcel is redirected while somebody is about to open the door."""
+    queue = f"{lab.id}-hurried"
+    tries = {"cancellation_type": ActivityCancellationType.TRY_CANCEL, "task_queue": lab.task_queue, **LONG}
+    async with lab.worker([Delivery], task_queue=queue, shortened={"deliver": tries}):
+        one = await visit(lab, street, "under-way")
+        other = await visit(lab, street, "hurried", task_queue=queue)
+        await until(lambda: one.calls == other.calls == [FIRST_CALL], "the parcels are on their way")
+        answers = [asyncio.ensure_future(redirected(each)) for each in (one, other)]
+        for each in (one, other):
+            await until(partial(has_event, each, "activity_task_cancel_requested"), "it is cancelled")
+            each.open_door()
+        await ended(other.handle)  # it does not wait for the attempt under way, so let that end later
+        for name in ("under-way", "hurried"):
+            open_gate(lab.gate(name))
+        await until(lambda: one.delivered and len(other.delivered) == 2, "the attempts under way have ended")
+        return [
+            await delivered_once(
+                "redirected while an attempt is under way: that is waited for, and what it delivers is not delivered "
+                "again", one, answers[0],
+            ),
+            await delivered_twice(
+                "cancelled by the SDK's default, TRY_CANCEL, nobody waits for the attempt under way: delivered twice",
+                other, answers[1],
+            ),
+        ]  # fmt: skip
+
+
+async def delivered_once(claim: str, one: Visit, answer: Awaitable[str]) -> Evidence:
+    how = await ended(one.handle)
+    return holds(
+        claim,
+        delivered_at=equal(one.delivered, ["home"]),
+        result=equal(how.result, "delivered at home"),
+        answer=equal(await answer, "too late: delivered at home"),
+    )
+
+
+async def delivered_twice(claim: str, one: Visit, answer: Awaitable[str]) -> Evidence:
+    how = await ended(one.handle)
+    delivered_at = equal(one.delivered, ["home", "office"])
+    return control(claim, delivered_at=delivered_at, result=how.result, answer=await answer)
+
+
+async def task_waits(one: Visit) -> bool:
+    return (await one.handle.describe()).raw_description.HasField("pending_workflow_task")
+
+
+async def has_event(one: Visit, kind: str) -> bool:
+    return kind in map(kind_of, await events_of(one.handle))
+
+
+async def pause_activity(lab: Lab, street: Street) -> Evidence:
     """Two deliveries are tried again and again. One is paused, and the other one measures the time."""
-    paused, other = await asyncio.gather(start_delivery(lab, "paused", 0.1), start_delivery(lab, "other", 0.1))
-    await activity_cli(lab, "pause", paused, "--identity", OPERATOR, "--reason", "provider is down")
-    halted = PendingActivityState.PENDING_ACTIVITY_STATE_PAUSED
-    await until(lambda: in_state(paused, halted), "the activity is paused", 45)
+    paused, other = await asyncio.gather(*(stuck(lab, street, name, again=0.1) for name in ("paused", "other")))
+    await paused.cli("pause", "--reason", "provider is down")
+    await until(paused.is_paused, "the activity is paused")
     before, other_before = len(paused.calls), len(other.calls)
     manual = (await pending_activity(paused.handle)).pause_info.manual
     query = f'WorkflowId STARTS_WITH "{lab.id}-paused" AND TemporalPauseInfo = "property:activityType=deliver"'
     await until(lambda: count_is(lab.client, query, 1), "visibility lists the paused activity")
-    await until(lambda: len(other.calls) >= other_before + 3, "the other one was tried three times", 45)
+    await until(lambda: len(other.calls) >= other_before + 3, "the other one was tried three times")
     still, others = len(paused.calls) - before, len(other.calls) - other_before
-    for delivery in (paused, other):
-        Path(delivery.parcel.open_door).touch()
-    await said(other.handle)
-    waiting = await status_of(paused.handle)
-    await activity_cli(lab, "unpause", paused, "--identity", OPERATOR)
-    result = await said(paused.handle)
+    for each in (paused, other):
+        each.open_door()
+    await ended(other.handle)
+    waiting = name_of(await status_of(paused.handle))
+    await paused.cli("unpause")
+    how = await ended(paused.handle)
     return holds(
         "pause stops the attempts of an activity, unpause lets it go on; meanwhile it says who paused it and why",
-        still == 0 and waiting == RUNNING and result == "delivered at home" and len(paused.calls) == before + 1
-        and manual.identity == OPERATOR and manual.reason == "provider is down",
-        f"attempts while paused: {still}, of the one not paused meanwhile: {others}; then {result!r}; describe says "
-        f"{manual.identity!r}, {manual.reason!r}, and visibility lists it by TemporalPauseInfo",
-    )  # fmt: skip
-
-
-async def in_state(stuck: Stuck, state: "PendingActivityState.ValueType") -> bool:
-    return (await pending_activity(stuck.handle)).state == state
+        attempts_while_paused=equal(still, 0),
+        of_the_one_not_paused_meanwhile=others,
+        with_the_door_open=equal(waiting, "RUNNING"),
+        unpaused=equal(how.result, "delivered at home"),
+        attempts_after_it=equal(len(paused.calls) - before, 1),
+        paused_by=equal(manual.identity, OPERATOR),
+        because=equal(manual.reason, "provider is down"),
+        listed_by=query,
+    )
 
 
 @activity.defn
-async def drive(parcel: Parcel) -> str:
+async def drive(ledger: str, end: str) -> str:
     """A long activity: it heartbeats how far it came, and a later attempt goes on from there."""
     details = activity.info().heartbeat_details
     done = int(details[0]) if details else 0
-    note(parcel.ledger, f"attempt {activity.info().attempt} from {done}")
+    note(ledger, f"attempt {activity.info().attempt} from {done}")
     try:
-        while not Path(parcel.open_door).exists():
+        while not Path(end).exists():
             await asyncio.sleep(0.1)
             done += 1
             activity.heartbeat(done)
     except asyncio.CancelledError:
         told = activity.cancellation_details()
-        note(parcel.ledger, f"{'paused' if told and told.paused else 'cancelled'} at {done}")
+        note(ledger, f"{'paused' if told and told.paused else 'cancelled'} at {done}")
         raise
     return f"arrived after {done}"
 
@@ -1159,138 +1505,117 @@ async def drive(parcel: Parcel) -> str:
 @workflow.defn
 class Journey:
     @workflow.run
-    async def run(self, parcel: Parcel) -> str:
+    async def run(self, ledger: str, end: str) -> str:
         return await workflow.execute_activity(
-            drive,
-            parcel,
-            activity_id="home",
-            start_to_close_timeout=PATIENT,
-            heartbeat_timeout=PATIENT,
-            retry_policy=QUICKLY,
-        )
+            drive, args=[ledger, end], activity_id="home", start_to_close_timeout=timedelta(minutes=10),
+        )  # fmt: skip
 
 
-async def pause_running_activity(lab: Lab) -> Evidence:
+async def pause_running_activity(lab: Lab, street: Street) -> Evidence:
     """An attempt that is under way hears of the pause when it heartbeats."""
-    parcel = Parcel(lab.file("drive"), lab.file("drive.door"))
-    handle: WorkflowHandle[Any, Any] = await lab.client.start_workflow(
-        Journey.run, parcel, id=f"{lab.id}-drive", task_queue=lab.task_queue
-    )
-    stuck = Stuck(handle, parcel)
-    await until(lambda: heartbeats(handle), "the drive has heartbeat")
-    await activity_cli(lab, "pause", stuck)
-    await until(lambda: in_state(stuck, PendingActivityState.PENDING_ACTIVITY_STATE_PAUSED), "the drive is paused")
-    calls = len(stuck.calls)
-    await activity_cli(lab, "unpause", stuck)
-    await until(lambda: len(stuck.calls) > calls, "the drive goes on")
-    Path(parcel.open_door).touch()
-    result = await said(handle)
-    steps = re.fullmatch(r"attempt 1 from 0; paused at (\d+); attempt \d+ from (\d+)", "; ".join(stuck.calls))
+    ledger, end = lab.file("drive"), lab.gate("drive")
+    one = Visit(lab, street, await lab.start(Journey.run, ledger, end, name="drive"))
+    await until(lambda: heartbeats(one), "the drive has heartbeat")
+    await one.cli("pause")
+    await until(one.is_paused, "the drive is paused")
+    await one.cli("unpause")
+    await until(lambda: len(notes(ledger)) > 2, "the drive goes on")
+    open_gate(end)
+    how = await ended(one.handle)
+    told = "; ".join(notes(ledger))
+    steps = re.fullmatch(r"attempt 1 from 0; paused at (\d+); attempt \d+ from (\d+)", told)
+    paused_at, went_on_from = map(int, steps.groups()) if steps else (0, 0)
     return holds(
         "pause reaches an attempt that is under way, and unpause lets it go on from what it had heartbeat",
-        steps is not None and 0 < int(steps[2]) <= int(steps[1]) and result.startswith("arrived after"),
-        f"{'; '.join(stuck.calls)}; {result}",
+        the_activity_says=contains(told, "paused at"),
+        went_on_from=between(went_on_from, 1, paused_at),
+        result=contains(str(how.result), "arrived after"),
     )
 
 
-async def heartbeats(handle: WorkflowHandle[Any, Any]) -> bool:
-    return bool((await pending_activity(handle)).heartbeat_details.payloads)
+async def heartbeats(one: Visit) -> bool:
+    return bool((await pending_activity(one.handle)).heartbeat_details.payloads)
 
 
-async def reset_activity(lab: Lab) -> Evidence:
-    stuck = await start_delivery(lab, "activity-reset")
-    Path(stuck.parcel.open_door).touch()
-    await activity_cli(lab, "reset", stuck)
-    result = await said(stuck.handle)
+async def reset_activity(lab: Lab, street: Street) -> Evidence:
+    one = await stuck(lab, street, "activity-reset")
+    minutes = await one.minutes_away()
+    one.open_door()
+    await one.cli("reset")
+    how = await ended(one.handle)
     return holds(
         "reset of an activity tries it again at once, and counts its attempts anew",
-        stuck.calls == [FIRST_CALL, FIRST_CALL] and result == "delivered at home",
-        f"calls: {'; '.join(stuck.calls)} (the next one was due in an hour); result {result!r}",
+        the_retry_was_minutes_away=at_least(minutes, 59),
+        calls=equal(one.calls, [FIRST_CALL, FIRST_CALL]),
+        result=equal(how.result, "delivered at home"),
     )
 
 
-async def new_options(lab: Lab) -> Evidence:
-    stuck = await start_delivery(lab, "activity-options")
-    wait = (await pending_activity(stuck.handle)).current_retry_interval.ToTimedelta()
-    begun = time.monotonic()
-    await activity_cli(
-        lab, "update-options", stuck, "--retry-initial-interval", "100ms", "--retry-maximum-interval", "100ms"
-    )
-    await until(lambda: len(stuck.calls) >= 2, "the activity is tried again")
+async def new_options(lab: Lab, street: Street) -> Evidence:
+    one = await stuck(lab, street, "activity-options")
+    minutes, begun = await one.minutes_away(), time.monotonic()
+    await one.cli("update-options", "--retry-initial-interval", "100ms", "--retry-maximum-interval", "100ms")
+    await until(lambda: len(one.calls) >= 2, "the activity is tried again")
     again = time.monotonic() - begun
-    Path(stuck.parcel.open_door).touch()
-    result = await said(stuck.handle)
-    attempts = [f"home, attempt {number}" for number in range(1, len(stuck.calls) + 1)]
+    one.open_door()
+    how = await ended(one.handle)
     return holds(
         "new options take effect in an activity that already waits: a retry due in an hour comes at once",
-        stuck.calls == attempts and len(attempts) >= 2 and result == "delivered at home"
-        and wait > timedelta(minutes=59),
-        f"retry interval {in_minutes(wait)}, changed to 100 ms: tried again {again:.2f} s after the command began; "
-        f"{len(attempts)} attempts until somebody was at home, {result!r}",
-    )  # fmt: skip
+        the_retry_was_minutes_away=at_least(minutes, 59),
+        tried_again_after=figure(again, "s"),
+        calls=equal(one.calls, [f"deliver at home, attempt {n}" for n in range(1, len(one.calls) + 1)]),
+        result=equal(how.result, "delivered at home"),
+    )
 
 
-def in_minutes(span: timedelta) -> str:
-    return f"{span.total_seconds() / 60:.0f} minutes"
-
-
-async def complete_by_hand(lab: Lab) -> Evidence:
+async def complete_by_hand(lab: Lab, street: Street) -> Evidence:
     """The neighbour took the parcel: nobody needs to try again, and the workflow goes on with that answer."""
-    stuck = await start_delivery(lab, "by-hand")
-    answer = "left with the neighbour"
-    await activity_cli(lab, "complete", stuck, "--result", json.dumps(answer), "--identity", OPERATOR)
-    result = await said(stuck.handle)
-    trace = await trace_of(stuck.handle, "complete", "activity_task_completed", "identity", "")
+    one = await stuck(lab, street, "by-hand")
+    await one.cli("complete", "--result", json.dumps("left with the neighbour"))
+    how = await ended(one.handle)
     return holds(
         "an activity is completed by hand with a result, and the history says by whom",
-        result == answer and stuck.calls == [FIRST_CALL] and trace.who == OPERATOR,
-        f"result {result!r} without another call ({'; '.join(stuck.calls)}); completed by {trace.who!r}",
+        result=equal(how.result, "left with the neighbour"),
+        calls=equal(one.calls, [FIRST_CALL]),
+        completed_by=equal((await only_event(one.handle, "activity_task_completed")).identity, OPERATOR),
     )
 
 
-async def no_trace(lab: Lab) -> Evidence:
+async def no_trace(lab: Lab, street: Street) -> Evidence:
     """The histories of deliveries that were paused, reset and changed, beside that of one that just went well."""
-    smooth = Parcel(lab.file("smooth"), lab.file("smooth.door"), address="office")
-    handle = await lab.client.start_workflow(Delivery.run, smooth, id=f"{lab.id}-smooth", task_queue=lab.task_queue)
-    await said(handle)
-    expected, alike = await kinds_of(handle), []
-    for name in ("paused", "activity-reset", "activity-options"):
-        touched = lab.client.get_workflow_handle(f"{lab.id}-{name}")
-        same = await kinds_of(touched) == expected and OPERATOR not in str(await events_of(touched))
-        alike += [name] if same else []
+    smooth = await visit(lab, street, "smooth")
+    smooth.open_door()
+    await ended(smooth.handle)
+    expected = outline(await smooth.handle.fetch_history())
+    names = ("paused", "activity-reset", "activity-options", "by-hand")
+    histories = {name: await lab.client.get_workflow_handle(f"{lab.id}-{name}").fetch_history() for name in names}
+    named = [name for name, history in histories.items() if OPERATOR in str(list(history.events))]
+    alike = [name for name, history in histories.items() if outline(history) == expected and name not in named]
     return limit(
-        "pause, unpause, reset and new options of an activity leave no event: afterwards nobody can tell of them",
-        len(alike) == 3,
-        f"the same {len(expected)} events as an untouched delivery, and no word of {OPERATOR!r}: "
-        f"{', '.join(alike) or 'none'}",
+        "pause and unpause, reset, or new options of an activity leave no event: afterwards nobody can tell of them",
+        without_a_trace=differs(alike, []),
+        where_the_operator_is_named=contains(named, "by-hand"),
     )
 
 
-async def pause_workflow(lab: Lab) -> Evidence:
+async def pause_workflow(lab: Lab, street: Street) -> list[Evidence]:
     """A whole workflow is paused, which has to be allowed on the server, and looked at from Python."""
+    why = ("--reason", "look into it")
+    refused = await lab.cli("workflow", "pause", "--workflow-id", f"{lab.id}-nobody", *why)
     async with lab.private_server(settings={"frontend.WorkflowPauseEnabled": "true"}) as server:
-        handle = await server.client.start_workflow(
-            Delivery.run, Parcel(lab.file("p"), lab.file("p.door")), id=f"{lab.id}-p", task_queue="nobody"
-        )
-        await by_cli(
-            lab, "workflow", "pause", "--workflow-id", handle.id, "--reason", "look into it", server=server
-        )  # fmt: skip
+        handle = await server.client.start_workflow(Delivery.run, Parcel("p"), id=f"{lab.id}-p", task_queue="nobody")
+        await by_cli(lab, "workflow", "pause", "--workflow-id", handle.id, *why, server=server)
         shown = await lab.cli("workflow", "describe", "--workflow-id", handle.id, server=server)
         event = (await count_events(handle))["WORKFLOW_EXECUTION_PAUSED"]
         errors = [await error_of(handle.describe()), await error_of(listed(server.client))]
     if event != 1 or "look into it" not in shown.out:
         raise RuntimeError(f"the workflow was not paused: {shown.err or event}")
-    return limit(
-        "on a paused workflow (experimental, and allowed here by a setting) the Python client fails: it cannot "
-        "describe it, nor list runs among which it is",
-        all("not a valid WorkflowExecutionStatus" in error for error in errors),
-        f"describe: {errors[0]}; list_workflows: {errors[1]}; the command line shows it as paused, and the history "
-        f"has {event} event WORKFLOW_EXECUTION_PAUSED",
-    )
-
-
-async def listed(client: Client, query: str = "") -> list[str]:
-    return [one.id async for one in client.list_workflows(query)]
+    broken, without = "not a valid WorkflowExecutionStatus", refused.err.partition("\n")[0]
+    what = "a workflow that was paused (experimental, and switched on here by a setting)"
+    return [
+        limit(f"the Python client cannot describe {what}", it=contains(errors[0], broken), without_setting=without),
+        limit(f"the Python client cannot list runs among which is {what}", it=contains(errors[1], broken)),
+    ]
 
 
 async def error_of(call: Awaitable[object]) -> str:
@@ -1305,22 +1630,30 @@ async def error_of(call: Awaitable[object]) -> str:
 async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
     """Deliveries are stuck, nobody being at home; each is helped in another way, and one is left alone."""
     parts = (
-        from_python, pause_activity, pause_running_activity, reset_activity, new_options, complete_by_hand,
-        pause_workflow,
+        from_python, forged, refused_words, in_one_task, under_way, pause_activity, pause_running_activity,
+        reset_activity, new_options, complete_by_hand, pause_workflow,
     )  # fmt: skip
-    often = timedelta(milliseconds=200)  # a pause reaches a running activity by its heartbeats
-    async with lab.worker([Delivery, Journey], [deliver, take_back, drive], max_heartbeat_throttle_interval=often):
-        twin = await start_delivery(lab, "twin")
-        async for evidence in side_by_side(*(part(lab) for part in parts)):
-            yield evidence
-        yield await no_trace(lab)
-        Path(twin.parcel.open_door).touch()  # as for the others, the cause is gone; but nobody steps in
-        pending, status = await pending_activity(twin.handle), await status_of(twin.handle)
-    due = pending.next_attempt_schedule_time.ToDatetime() - pending.last_attempt_complete_time.ToDatetime()
+    street = Street()
+    tour = Tour(street)
+    faults = [hold("deliver", lab.gate(name), address="home", silent=True).of(f"{lab.id}-{name}") for name in SLOWLY]
+    activities: list[Callable[..., Any]] = [tour.deliver, tour.take_back, drive]
+    options: dict[str, Any] = {"shortened": {"deliver": LONG}, "max_heartbeat_throttle_interval": OFTEN}
+    async with lab.worker([Delivery, Journey], activities, faults=faults, **options):
+        twin = await stuck(lab, street, "twin")
+        try:
+            async for evidence in side_by_side(*(part(lab, street) for part in parts)):
+                yield evidence
+        finally:
+            for name in SLOWLY:
+                open_gate(lab.gate(name))
+        yield await no_trace(lab, street)
+        twin.open_door()  # as for the others, the cause is gone; but nobody steps in
+        status, minutes = name_of(await status_of(twin.handle)), await twin.minutes_away()
     yield control(
         "a twin that nobody touches stays stuck",
-        status == RUNNING and twin.calls == [FIRST_CALL] and due > timedelta(minutes=59),
-        f"status {name_of(status)}, calls: {'; '.join(twin.calls)}; the next one is due {in_minutes(due)} later",
+        status=equal(status, "RUNNING"),
+        calls=equal(twin.calls, [FIRST_CALL]),
+        minutes_from_attempt_to_attempt=at_least(minutes, 59),
     )
     yield native(
         "cancel, terminate, signal and update need nothing but the run's id, a reset also an event of its history",
@@ -1328,7 +1661,8 @@ async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
         WorkflowHandle.terminate,
         WorkflowHandle.signal,
         WorkflowHandle.execute_update,
-        WorkflowHandle.fetch_history,
+        WorkflowHandle.describe,
+        WorkflowHandle.fetch_history_events,
         "temporal workflow reset --event-id",
     )
     yield native(
@@ -1348,94 +1682,82 @@ async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
 # and its failure, a query lists it, and a batch drives it again once the cause is mended.
 
 
-LIMIT = 3
-
-
 @dataclass
 class Order:
-    number: int
-    shop: str  # a SQLite file: addresses, and what was paid and shipped
-    calls: str  # a ledger: every call of an activity
-    attempts: int = LIMIT  # to ship; 0 is without limit
+    number: str
+    address: str
+    amount: int = 100
 
 
-def open_shop(database: str, poison: Sequence[int]) -> None:
-    with sqlite3.connect(database) as connection:
-        connection.execute("CREATE TABLE effects (key TEXT UNIQUE)")
-        connection.execute("CREATE TABLE unknown_addresses (number INTEGER)")
-        connection.executemany("INSERT INTO unknown_addresses VALUES (?)", [(number,) for number in poison])
+class Shop(Protocol):
+    """Whoever takes the money and sends the goods. What is asked twice under one key counts once."""
+
+    def pay(self, key: str, amount: int) -> None: ...
+
+    def ship(self, key: str, address: str) -> None:
+        """Raises where there is no such address."""
 
 
-def ask_shop(database: str, statement: str, *values: object) -> list[Any]:
-    with sqlite3.connect(database) as connection:
-        return connection.execute(statement, values).fetchall()
+class Counter:
+    # The key is made of the order's number, and so is the same in a reset run, and in another workflow for the same
+    # order; the ids of runs and activities are not. It means that an order is paid once: whoever is to pay a second
+    # time, for good reasons, needs a key of its own.
 
+    def __init__(self, shop: Shop) -> None:
+        self.shop = shop
 
-def effects(database: str, kind: str) -> int:
-    return len(ask_shop(database, "SELECT key FROM effects WHERE key LIKE ?", f"%/{kind}"))
+    @activity.defn
+    def pay(self, order: Order) -> None:
+        self.shop.pay(order.number, order.amount)
 
-
-def take_effect(order: Order, kind: str) -> None:
-    """Happens once for a workflow id, in however many attempts and runs: a reset changes the run's id."""
-    key = f"{activity.info().workflow_id}/{kind}"
-    ask_shop(order.shop, "INSERT OR IGNORE INTO effects VALUES (?)", key)
-
-
-@activity.defn
-async def pay(order: Order) -> None:
-    note(order.calls, f"pay {order.number}")
-    take_effect(order, "pay")
-
-
-@activity.defn
-async def ship(order: Order) -> None:
-    note(order.calls, f"ship {order.number}")
-    if ask_shop(order.shop, "SELECT 1 FROM unknown_addresses WHERE number = ?", order.number):
-        raise ApplicationError(f"order {order.number} has no address")
-    take_effect(order, "ship")
+    @activity.defn
+    def ship(self, order: Order) -> None:
+        self.shop.ship(order.number, order.address)
 
 
 @workflow.defn
 class Fulfilment:
     @workflow.run
     async def run(self, order: Order) -> str:
-        await workflow.execute_activity(pay, order, start_to_close_timeout=PATIENT)
-        await workflow.execute_activity(
-            ship,
+        await workflow.execute_activity_method(Counter.pay, order, start_to_close_timeout=timedelta(seconds=30))
+        await workflow.execute_activity_method(
+            Counter.ship,
             order,
-            start_to_close_timeout=PATIENT,
-            retry_policy=RetryPolicy(
-                initial_interval=timedelta(milliseconds=100), backoff_coefficient=1, maximum_attempts=order.attempts
-            ),
+            start_to_close_timeout=timedelta(seconds=30),
+            # Without a limit the run would not fail, and be no dead letter, but try for ever.
+            retry_policy=RetryPolicy(maximum_attempts=3),
         )
         return "shipped"
 
 
-ORDERS, POISON = range(1, 9), (2, 5, 7)
+FAILED_ORDERS = 'WorkflowType = "Fulfilment" AND ExecutionStatus = "Failed"'
 
 
-async def start_order(lab: Lab, name: str, order: Order) -> WorkflowHandle[Any, Any]:
-    return await lab.client.start_workflow(Fulfilment.run, order, id=f"{lab.id}-{name}", task_queue=lab.task_queue)
-
-
-def failed_runs(lab: Lab) -> str:
-    """The dead letters: a query, narrowed down to the orders of this evaluation."""
-    return f'WorkflowType = "Fulfilment" AND ExecutionStatus = "Failed" AND WorkflowId STARTS_WITH "{lab.id}-order-"'
-
-
-async def dead_letters(client: Client, query: str) -> dict[str, str]:
+async def dead_letters(client: Client, query: str = FAILED_ORDERS) -> dict[str, str]:
     """Each failed run that was not driven again since, by workflow id, with its last failure."""
     letters = {}
-    async for letter in client.list_workflows(query):
-        handle = client.get_workflow_handle(letter.id, run_id=letter.run_id)
-        described = (await handle.describe()).raw_description
+    async for one in client.list_workflows(query):
+        letter = client.get_workflow_handle(one.id, run_id=one.run_id)
+        described = (await letter.describe()).raw_description
         if not described.workflow_extended_info.reset_run_id:
-            letters[letter.id] = await said(handle)
+            letters[one.id] = await last_failure(letter)
     return letters
 
 
-async def drive_again(client: Client, query: str, reason: str) -> None:
-    """Reset every run that the query finds to its beginning, in one batch that the server works off."""
+async def last_failure(run: WorkflowHandle[Any, Any]) -> str:
+    try:
+        await run.result()
+    except WorkflowFailureError as failure:
+        return str(failure.cause.__cause__ or failure.cause)
+    return "none"
+
+
+async def drive_again(client: Client, reason: str, query: str = FAILED_ORDERS) -> None:
+    """Reset every run that the query finds to its beginning, in one batch that the server works off.
+
+    Raises RPCError with RESOURCE_EXHAUSTED while the namespace works off another one. The command line does the same:
+    temporal workflow reset --query ... --type FirstWorkflowTask --reason ... --yes
+    """
     request = StartBatchOperationRequest(
         namespace=client.namespace,
         visibility_query=query,
@@ -1445,108 +1767,206 @@ async def drive_again(client: Client, query: str, reason: str) -> None:
             identity=client.identity, options=ResetOptions(first_workflow_task=Empty())
         ),
     )
-
-    async def accepted() -> bool:
-        try:
-            await client.workflow_service.start_batch_operation(request)
-        except RPCError as error:
-            if error.status != RPCStatusCode.RESOURCE_EXHAUSTED:
-                raise
-            return False  # by default a namespace works off one batch at a time: wait for the other one
-        return True
-
-    await until(accepted, "the batch was accepted")
+    await client.workflow_service.start_batch_operation(request)
 
 
-DRIVEN_AGAIN = (
-    works("with the cause mended, one batch drives them again, and all complete"),
-    holds("driven again, even twice, nothing is paid twice: the key is made of the workflow's id"),
-    limit("a failed run stays listed as failed when its successor has completed: the same batch drives it once more"),
-)
+class Warehouse:
+    """A shop for the example. What is addressed to an unknown place cannot be shipped, until somebody learns of it."""
+
+    def __init__(self, *unknown: str) -> None:
+        self.unknown = {*unknown}
+        self.paid: dict[str, int] = {}
+        self.shipped: set[str] = set()
+
+    def pay(self, key: str, amount: int) -> None:
+        self.paid[key] = amount
+
+    def ship(self, key: str, address: str) -> None:
+        if address in self.unknown:
+            raise ApplicationError(f"there is no address {address}")
+        self.shipped.add(key)
 
 
-async def orders_with_poison(lab: Lab) -> list[Evidence]:
-    """Eight orders, three of which cannot be shipped; their addresses are then mended and they are driven again."""
-    shop, calls, query = lab.file("shop"), lab.file("calls"), failed_runs(lab)
-    open_shop(shop, POISON)
-    handles = [await start_order(lab, f"order-{number}", Order(number, shop, calls)) for number in ORDERS]
-    first = [await said(handle) for handle in handles]
-    parked = parked_after_attempts(first, notes(calls))
-    await until(lambda: count_is(lab.client, query, len(POISON)), "the failed runs are listed")
-    letters = await dead_letters(lab.client, query)
-    ids = {f"{lab.id}-order-{number}": f"ApplicationError: order {number} has no address" for number in POISON}
+async def example_cp_04(client: Client) -> None:
+    warehouse = Warehouse("Nowhere")
+    counter = Counter(warehouse)
+    async with Worker(
+        client,
+        task_queue="orders",
+        workflows=[Fulfilment],
+        activities=[counter.pay, counter.ship],
+        activity_executor=ThreadPoolExecutor(10),
+    ):
+        order = Order(str(uuid.uuid4()), "Nowhere")
+        run = await client.start_workflow(Fulfilment.run, order, id=f"order-{order.number}", task_queue="orders")
+        print(f"The order failed: {await last_failure(run)}")
+        this_one = f'{FAILED_ORDERS} AND WorkflowId = "{run.id}"'
+        while not (letters := await dead_letters(client, this_one)):
+            await asyncio.sleep(0.1)  # what is listed lags behind a little
+        print(f"Dead letters: {letters}")
+        warehouse.unknown.clear()
+        await drive_again(client, "address mended", this_one)
+        while await dead_letters(client, this_one):
+            await asyncio.sleep(0.1)  # the server works the batch off
+        result = await client.get_workflow_handle(run.id).result()
+        print(f"Driven again, it was {result}. Paid: {warehouse.paid}")
+
+
+# CP-04 put to the test -------------------------------------------------------------------------------
+
+LIMIT = 3  # attempts to ship, in the lesson
+ORDERS, POISON = range(1, 9), (2, 5, 7)
+NOWHERE = "there is no address Nowhere"
+
+
+@workflow.defn
+class Endless:
+    """The control: no limit to the attempts."""
+
+    @workflow.run
+    async def run(self, order: Order) -> None:
+        policy = RetryPolicy(initial_interval=timedelta(milliseconds=100), backoff_coefficient=1)
+        await workflow.execute_activity_method(
+            Counter.ship, order, start_to_close_timeout=timedelta(seconds=30), retry_policy=policy
+        )
+
+
+@workflow.defn
+class ByRun(Fulfilment):
+    """The control: the key is made of the run's id, which a reset changes."""
+
+    @workflow.run
+    async def run(self, order: Order) -> str:
+        return await super().run(replace(order, number=f"{order.number}/{workflow.info().run_id}"))
+
+
+class Market:
+    """Where orders are tried: a shop, and a worker that does one activity at a time."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.shop = lab, Warehouse("Nowhere", "Neverland")
+        self.counter = Counter(self.shop)
+        self.failed = f'{FAILED_ORDERS} AND WorkflowId STARTS_WITH "{lab.id}-order-"'
+        self.ids = {number: f"{lab.id}-order-{number}" for number in ORDERS}
+
+    async def start(self, name: object, address: str, run: Any = Fulfilment.run, **options: Any) -> Any:
+        """Start the fulfilment of an order whose number is the workflow's id."""
+        id = f"{self.lab.id}-order-{name}"
+        return await self.lab.start(run, Order(id, address), id=id, **options)
+
+    def attempts(self, id: str, activity: str = "ship") -> int:
+        return [call.activity for call in self.lab.calls(id)].count(activity)
+
+    def paid(self) -> list[int]:
+        """Of the eight orders: the calls to pay, and the payments."""
+        return [
+            sum(self.attempts(id, "pay") for id in self.ids.values()),
+            len([key for key in self.shop.paid if key.startswith(tuple(self.ids.values()))]),
+        ]
+
+    async def gets_nowhere(self, handle: WorkflowHandle[Any, Any]) -> bool:
+        return self.attempts(handle.id) > 2 * LIMIT or await status_of(handle) != RUNNING
+
+    async def drive_again(self, reason: str) -> None:
+        """Drive again what the query finds, as soon as the namespace has no other batch to work off."""
+
+        async def accepted() -> bool:
+            try:
+                await drive_again(self.lab.client, reason, self.failed)
+            except RPCError as error:
+                if error.status != RPCStatusCode.RESOURCE_EXHAUSTED:
+                    raise
+                return False
+            return True
+
+        await until(accepted, "the batch was accepted")
+
+
+async def orders_with_poison(market: Market) -> list[Evidence]:
+    """Eight orders, three of which cannot be shipped; their address is then mended and they are driven again."""
+    handles = [await market.start(n, "Nowhere" if n in POISON else "Old Street") for n in ORDERS]
+    parked = parked_after_attempts(market, [await ended(handle) for handle in handles])
+    await until(lambda: count_is(market.lab.client, market.failed, len(POISON)), "the failed runs are listed")
+    letters = await dead_letters(market.lab.client, market.failed)
     return [
         parked,
         works(
             "a query lists exactly the failed runs, each with its last failure",
-            letters == ids,
-            f"{query}: {'; '.join(f'{id}: {why}' for id, why in sorted(letters.items()))}",
+            listed=equal(dict(sorted(letters.items())), {market.ids[number]: NOWHERE for number in POISON}),
+            query=market.failed,
         ),
-        *await driven_again(lab, shop, calls, [lab.client.get_workflow_handle(handle.id) for handle in handles]),
+        *await mended_and_driven_again(market, handles),
     ]
 
 
-@piece(*DRIVEN_AGAIN)
-async def driven_again(lab: Lab, shop: str, calls: str, latest: list[WorkflowHandle[Any, Any]]) -> list[Evidence]:
-    lab.needs("batch operations")
-    query = failed_runs(lab)
-    ask_shop(shop, "DELETE FROM unknown_addresses")
-    await drive_again(lab.client, query, "addresses mended")
-    await until(lambda: all_are(latest, COMPLETED), "every order is completed")
-    results = [await said(handle) for handle in latest]
-    left, once = await dead_letters(lab.client, query), pays_and_effects(shop, calls)
-    again = await same_batch_again(lab, shop, calls, latest)
-    twice = pays_and_effects(shop, calls)
+DRIVEN_AGAIN = "with the cause mended, one batch drives them again, and all complete"
+PAID_ONCE = "driven again, even twice, nothing is paid twice: the key is made of the order's number"
+STAYS = "a failed run stays listed as failed when its successor has completed: the same batch drives it once more"
+
+
+@piece(works(DRIVEN_AGAIN), holds(PAID_ONCE), limit(STAYS))
+async def mended_and_driven_again(market: Market, handles: Sequence[WorkflowHandle[Any, Any]]) -> list[Evidence]:
+    market.lab.needs("batch operations")
+    client, shop = market.lab.client, market.shop
+    shop.unknown.remove("Nowhere")
+    await market.drive_again("address mended")
+    await driven_again(client, [handles[number - 1] for number in POISON])
+    endings = [await ended(client.get_workflow_handle(handle.id)) for handle in handles]
+    left, once = await dead_letters(client, market.failed), market.paid()
+    again = await same_batch_again(market)
     return [
         works(
-            "with the cause mended, one batch drives them again, and all complete",
-            results == ["shipped"] * len(ORDERS) and effects(shop, "ship") == len(ORDERS) and not left,
-            f"{results.count('shipped')} of {len(ORDERS)} shipped, {effects(shop, 'ship')} shipments in the shop; "
-            f"dead letters left: {len(left)}",
+            DRIVEN_AGAIN,
+            results=equal([one.result for one in endings], ["shipped"] * len(ORDERS)),
+            shipped=equal(sorted(shop.shipped), [market.ids[number] for number in ORDERS]),
+            dead_letters_left=equal(left, {}),
         ),
         holds(
-            "driven again, even twice, nothing is paid twice: the key is made of the workflow's id",
-            once == (len(ORDERS) + len(POISON), len(ORDERS)) and twice == (once[0] + len(POISON), len(ORDERS)),
-            f"{once[0]} calls to pay made {once[1]} payments; after the same batch once more: {twice[0]} calls, "
-            f"{twice[1]} payments",
+            PAID_ONCE,
+            calls_to_pay_and_payments=equal(once, [len(ORDERS) + len(POISON), len(ORDERS)]),
+            after_the_same_batch_once_more=equal(market.paid(), [len(ORDERS) + 2 * len(POISON), len(ORDERS)]),
         ),
         again,
     ]
 
 
-def parked_after_attempts(outcomes: list[str], calls: list[str]) -> Evidence:
-    attempts = {number: calls.count(f"ship {number}") for number in ORDERS}
-    good = [number for number in ORDERS if number not in POISON]
+def parked_after_attempts(market: Market, endings: Sequence[Ending]) -> Evidence:
+    attempts = {number: market.attempts(id) for number, id in market.ids.items()}
+    hows = {number: ending.result or ending.why for number, ending in zip(ORDERS, endings, strict=True)}
     return holds(
         f"a poison item is parked after {LIMIT} attempts, while the rest go on",
-        attempts == {number: LIMIT if number in POISON else 1 for number in ORDERS}
-        and all(outcomes[number - 1] == "shipped" for number in good)
-        and all("has no address" in outcomes[number - 1] for number in POISON),
-        f"attempts to ship, by order: {', '.join(f'{n}: {count}' for n, count in attempts.items())}; "
-        f"{outcomes.count('shipped')} shipped, {len(outcomes) - outcomes.count('shipped')} failed; one activity "
-        "at a time in the worker, one more item without a limit retrying beside them",
-    )  # fmt: skip
+        attempts_to_ship_by_order=equal(attempts, {number: LIMIT if number in POISON else 1 for number in ORDERS}),
+        ended_with=equal(hows, {number: NOWHERE if number in POISON else "shipped" for number in ORDERS}),
+        activities_at_a_time=1,
+    )
 
 
-def pays_and_effects(shop: str, calls: str) -> tuple[int, int]:
-    """(calls to pay, payments)"""
-    return sum(call.startswith("pay ") for call in notes(calls)), effects(shop, "pay")
-
-
-async def same_batch_again(lab: Lab, shop: str, calls: str, latest: list[WorkflowHandle[Any, Any]]) -> Evidence:
+async def same_batch_again(market: Market) -> Evidence:
     """Every order is completed. Does the query know?"""
-    query = failed_runs(lab)
-    before, found = pays_and_effects(shop, calls)[0], await listed(lab.client, query)
-    await drive_again(lab.client, query, "the same again")
+    before, found = market.paid()[0], await listed(market.lab.client, market.failed)
+    await market.drive_again("the same again")
     if found:
-        await until(lambda: pays_and_effects(shop, calls)[0] >= before + len(found), "they were driven again")
-        await until(lambda: all_are(latest, COMPLETED), "every order is completed again")
-    repeated = pays_and_effects(shop, calls)[0] - before
+        await until(lambda: market.paid()[0] >= before + len(POISON), "they were driven again")
+        for number in POISON:
+            await ended(market.lab.client.get_workflow_handle(market.ids[number]))
     return limit(
-        "a failed run stays listed as failed when its successor has completed: the same batch drives it once more",
-        repeated > 0,
-        f"listed after all were completed: {len(found)}; sent again, the batch repeated {repeated} calls to pay; "
-        "describe tells them apart (reset_run_id)",
+        STAYS,
+        listed_after_all_were_completed=len(found),
+        calls_to_pay_repeated=at_least(market.paid()[0] - before, 1),
+        told_apart_by="describe (reset_run_id)",
+    )
+
+
+async def by_run(market: Market) -> Evidence:
+    """The twin of a poison item, driven again in the same way, pays under a key of the run's id."""
+    handle = await market.start("by-run", "Neverland", ByRun.run)
+    await ended(handle)
+    again = await reset_before(market.lab.client, handle, "1", "address mended")  # its first activity is to pay
+    await ended(again)
+    return control(
+        "with a key made of the run's id, an order that is driven again is paid again",
+        calls_to_pay=equal(market.attempts(handle.id, "pay"), 2),
+        payments=equal(len([key for key in market.shop.paid if key.startswith(handle.id)]), 2),
     )
 
 
@@ -1569,61 +1989,76 @@ class LookUp:
         return address
 
 
-async def stuck_in_code(lab: Lab) -> Evidence:
+async def stuck_in_code(market: Market) -> Evidence:
     """A run whose code raises stays RUNNING. The threshold is the server's; lowered here, to see it in seconds."""
+    lab = market.lab
     threshold = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}
     query = 'ExecutionStatus = "Running" AND TemporalReportedProblems IS NOT NULL'
+    # A failure after the first one only counts when the workflow task has timed out.
+    patience = soon()
     async with lab.private_server(settings=threshold) as server, lab.worker([LookUp], server=server):
-        # A failure after the first one only counts when the workflow task has timed out.
         healthy, stuck = [
             await server.client.start_workflow(
-                LookUp.run, addresses, id=f"{lab.id}-{name}", task_queue=lab.task_queue, task_timeout=SOON
+                LookUp.run, addresses, id=f"{lab.id}-{name}", task_queue=lab.task_queue, task_timeout=patience
             )
             for name, addresses in (("healthy", {"home": "Old Street"}), ("stuck", {}))
         ]
         seconds = await until(lambda: listed(server.client, query), "the stuck run is listed", 60)
         found, messages = await listed(server.client, query), await failed_tasks(stuck)
-        both = [await status_of(handle) for handle in (healthy, stuck)]
-        works_well = (await count_events(healthy))["WORKFLOW_TASK_COMPLETED"] == 1
+        both = [name_of(await status_of(handle)) for handle in (healthy, stuck)]
+        well = (await count_events(healthy))["WORKFLOW_TASK_COMPLETED"]
     return holds(
         "a run that is stuck in its own code, not failed, is found by a query, and a healthy one is not",
-        found == [stuck.id] and both == [RUNNING, RUNNING] and bool(messages) and works_well,
-        f"{query}: {len(found)} of 2 running after {seconds:.1f} s (threshold lowered to 2 failures, workflow tasks "
-        f"to {SOON.seconds} s); its workflow task failed with KeyError {messages[:1]}",
+        found=equal(found, [stuck.id]),
+        both_are=equal(both, ["RUNNING", "RUNNING"]),
+        its_workflow_task_failed_with=equal(messages[:1], ["'home'"]),
+        completed_by_the_healthy_one=equal(well, 1),
+        query=query,
+        after=figure(seconds, "s"),
+        threshold_lowered_to_failures=2,
+        workflow_tasks_shortened_to=figure(patience.total_seconds(), "s"),
     )
 
 
-async def endless(lab: Lab, order: Order) -> list[Evidence]:
+async def endless(market: Market) -> list[Evidence]:
     """The poison item without a limit: it is no dead letter, but a running run that gets nowhere."""
-    attempts = 2 * LIMIT + 1
-    await until(lambda: notes(order.calls).count(f"ship {order.number}") >= attempts, f"{attempts} attempts were made")
-    handle = lab.client.get_workflow_handle(f"{lab.id}-endless")
-    status, running = await status_of(handle), f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{lab.id}"'
-    await until(lambda: listed(lab.client, running), "the running run is listed")
+    lab, handle = market.lab, await market.start("endless", "Neverland", Endless.run)
+    waiting = await market.start("waiting", "Old Street", start_delay=timedelta(hours=1))
+    await until(lambda: market.gets_nowhere(handle), "many attempts were made, or it has ended")
+    every = f'WorkflowId STARTS_WITH "{lab.id}-order-"'
+    running, failed = f'{every} AND ExecutionStatus = "Running"', f'{every} AND ExecutionStatus = "Failed"'
+    await until(lambda: all_listed(lab.client, every, handle.id, waiting.id), "both are listed")
+    await until(lambda: listed(lab.client, failed), "an order that does have a limit is listed as failed")
     found = await retrying_runs(lab.client, running, attempts=LIMIT + 2)
-    count, as_failed = notes(order.calls).count(f"ship {order.number}"), await listed(lab.client, failed_runs(lab))
     return [
         control(
             "without a limit to its attempts the poison item goes on retrying, and is no failed run",
-            count >= attempts and status == RUNNING and handle.id not in as_failed,
-            f"{count} attempts and still {name_of(status)}, where a limit of {LIMIT} parks it",
+            attempts=at_least(market.attempts(handle.id), 2 * LIMIT + 1),
+            status=equal(name_of(await status_of(handle)), "RUNNING"),
+            among_the_failed=lacks(sorted(await listed(lab.client, failed)), handle.id),
         ),
         holds(
-            "a run stuck in retries is found by asking each running run for its pending activities",
-            found == {handle.id: f"order {order.number} has no address"},
-            f"running runs were listed and described one by one; at attempt {LIMIT + 2} or later: {found}",
+            "a run stuck in retries is found by asking each running run for its pending activities, and one that "
+            "waits is not",
+            found=equal(found, {handle.id: "there is no address Neverland"}),
+            at_attempt_or_later=LIMIT + 2,
+            listed_and_described_one_by_one=running,
         ),
     ]
+
+
+async def all_listed(client: Client, query: str, *ids: str) -> bool:
+    return set(ids) <= set(await listed(client, query))
 
 
 @CP.item("CP-04", "Dead letters")
 async def dead_letter_items(lab: Lab) -> AsyncIterator[Evidence]:
     """Orders fail for good, are listed, mended and driven again; a shop outside Temporal counts the effects."""
-    poison = Order(99, lab.file("endless.shop"), lab.file("endless.calls"), attempts=0)
-    open_shop(poison.shop, [poison.number])
-    async with lab.worker([Fulfilment], [pay, ship], max_concurrent_activities=1):
-        await start_order(lab, "endless", poison)
-        async for evidence in side_by_side(orders_with_poison(lab), endless(lab, poison), stuck_in_code(lab)):
+    market = Market(lab)
+    activities = [market.counter.pay, market.counter.ship]
+    async with lab.worker([Fulfilment, Endless, ByRun], activities, max_concurrent_activities=1):
+        parts = (orders_with_poison, by_run, endless, stuck_in_code)
+        async for evidence in side_by_side(*(part(market) for part in parts)):
             yield evidence
     yield native(
         "the list, the limit of attempts and the batch are built in, and are enough",
@@ -1636,9 +2071,7 @@ async def dead_letter_items(lab: Lab) -> AsyncIterator[Evidence]:
     found = offered("dead_?letter|dlq", workflow, temporalio.client, temporalio.worker, WorkflowService)
     yield limit(
         "there is no dead-letter object: it is a query and a convention, and whoever drives again brings the key",
-        not found,
-        "names with dead letter or dlq in temporalio.workflow, .worker, .client and the server's API: "
-        f"{', '.join(found) or 'none'}",
+        names_with_dead_letter_or_dlq_in_the_SDK_and_the_API=equal(found, []),
     )
 
 

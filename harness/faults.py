@@ -138,7 +138,7 @@ def fail(activity: str, times: int, *values: Any, why: str = "failed from outsid
 def hold(activity: str, gate: str, *values: Any, silent: bool = False, **fields: Any) -> Fault:
     """The call waits, before it has any effect, until the file `gate` is there, or for ever where `gate` is empty.
 
-    It heartbeats, and so can be cancelled, unless `silent`.
+    It heartbeats, and so can be cancelled, unless `silent`: then only the gate ends it, so open that in any case.
     """
     return Fault("hold", activity, values, fields, gate=gate, silent=silent)
 
@@ -169,9 +169,14 @@ def die_before(activity: str, *values: Any, times: int = 1, **fields: Any) -> Fa
 
 
 async def _shut(fault: Fault, beat: Beat) -> None:
-    """Wait until the gate is open, or for ever where there is none. A cancellation ends it."""
+    """Wait until the gate is open, or for ever where there is none. A cancellation ends it.
+
+    It does not end one that is silent and has a gate: a worker cancels by itself what is overdue for 5 s, and would
+    so end the very call that is to come late.
+    """
+    late = fault.silent and fault.gate
     while not (fault.gate and Path(fault.gate).exists()):
-        if activity.is_cancelled():  # where the activity runs in a thread, nothing else tells us here
+        if activity.is_cancelled() and not late:  # where the activity runs in a thread, nothing else tells us here
             raise CancelledError("cancelled from outside")
         if not fault.silent:
             beat()
