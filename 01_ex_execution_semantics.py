@@ -6,11 +6,29 @@ running its code again and answering from the history instead of acting again. T
 that promises, what it asks of the code in return, and where it ends.
 """
 
-from common import Category, Evidence, causes, control, holds, limit, native, side_by_side, works
+from common import (
+    Category,
+    Evidence,
+    at_least,
+    causes,
+    control,
+    equal,
+    figure,
+    holds,
+    limit,
+    native,
+    side_by_side,
+    slowness,
+    works,
+)
 from lab import (
+    Call,
+    Child,
     Lab,
     Server,
-    count_events,
+    TakeOver,
+    die_before,
+    ended,
     failed_tasks,
     history_of,
     keywords_in,
@@ -20,6 +38,7 @@ from lab import (
     refusal,
     run,
     sandbox,
+    slow,
     status_of,
     until,
 )
@@ -41,7 +60,7 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -49,6 +68,7 @@ from typing import Any
 
 from temporalio import activity, workflow
 from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.enums.v1 import EventType, TimeoutType
 from temporalio.api.workflowservice.v1 import SignalWorkflowExecutionRequest
 from temporalio.client import (
     Client,
@@ -75,186 +95,223 @@ SOON = timedelta(seconds=2)
 PATIENT = timedelta(seconds=30)
 
 
-async def completed_activities(handle: WorkflowHandle[Any, Any]) -> int:
-    return (await count_events(handle))["ACTIVITY_TASK_COMPLETED"]
+def soon() -> timedelta:
+    """An attempt that a kill has cut off is given up after this long, here short, so that kills cost little time."""
+    return timedelta(seconds=2 * slowness())
 
 
 # EX-01 Progress guarantee ----------------------------------------------------------------------------
-# A crash costs time, never finished work: the workflow below has five steps and no line of recovery.
+# A crash costs time, never finished work: the workflow below has five steps, a wait in the middle, and no line
+# of recovery. Whoever comes next runs its code again, and the history answers for what was done already.
 
 
 @dataclass
-class Step:
+class Parcel:
     """One argument object instead of several arguments: fields can be added later without breaking runs."""
 
-    number: int
-    ledger: str
-    dies_in: int = 0  # the first attempt of this step never ends, so that it can be killed inside
-    seconds: float = 0
+    number: str
+    content: str = "tea"
 
 
 @activity.defn
-async def take_step(step: Step) -> int:
-    attempt = activity.info().attempt
-    note(step.ledger, f"{step.number}" if attempt == 1 else f"{step.number} again")
-    if step.number == step.dies_in and attempt == 1:
-        await asyncio.sleep(3600)
-    await asyncio.sleep(step.seconds)
-    return step.number
+async def pick(parcel: Parcel) -> str:
+    return f"{parcel.content} picked"
 
 
-@dataclass
-class Plan:
-    ledger: str
-    released: int = 5  # so many steps may be taken at once; the others wait for the signal
-    dies_in: int = 0
-    seconds: float = 0
-    patience: float = 30  # seconds until an attempt is given up
+@activity.defn
+async def pack(parcel: Parcel) -> str:
+    return f"{parcel.content} packed"
+
+
+@activity.defn
+async def label(parcel: Parcel) -> str:
+    return f"parcel {parcel.number} labelled"
+
+
+@activity.defn
+async def hand_over(parcel: Parcel) -> str:
+    return f"parcel {parcel.number} handed over"
+
+
+@activity.defn
+async def notify(parcel: Parcel) -> str:
+    return f"customer of {parcel.number} told"
+
+
+async def take(step: Callable[[Parcel], Awaitable[str]], parcel: Parcel) -> str:
+    # An attempt that a crash has cut off is given up after this long, and the step is tried again.
+    return await workflow.execute_activity(step, parcel, start_to_close_timeout=timedelta(minutes=1))
 
 
 @workflow.defn
-class FiveSteps:
+class SendParcel:
     def __init__(self) -> None:
-        self.released = 0
+        self.collected = False
 
     @workflow.run
-    async def run(self, plan: Plan) -> list[int]:
-        self.released = max(self.released, plan.released)
-        done: list[int] = []
-        for number in range(1, 6):
-            await workflow.wait_condition(lambda: number <= self.released)  # noqa: B023
-            step = Step(number, plan.ledger, plan.dies_in, plan.seconds)
-            patience = timedelta(seconds=plan.patience)
-            done.append(await workflow.execute_activity(take_step, step, start_to_close_timeout=patience))
-        return done
+    async def run(self, parcel: Parcel) -> list[str]:
+        done = [await take(step, parcel) for step in (pick, pack, label)]
+        await workflow.wait_condition(lambda: self.collected)
+        return done + [await take(step, parcel) for step in (hand_over, notify)]
 
     @workflow.signal
-    def release(self, steps: int) -> None:
-        self.released = steps
+    def courier_is_here(self) -> None:
+        self.collected = True
 
 
-FIVE = [1, 2, 3, 4, 5]
-
-
-async def five_plain_steps(ledger: str) -> None:
-    """The control: the same five steps as an ordinary program. It stops after the third to be killed."""
-    killed_before = len(notes(ledger)) >= 3
-    for number in range(1, 6):
-        note(ledger, str(number))
-        if number == 3 and not killed_before:
-            await asyncio.sleep(3600)
-
-
-async def kill_between_steps(lab: Lab) -> Evidence:
-    """Three steps are done and the workflow waits; its worker dies; another one goes on at step 4."""
-    ledger, queue = lab.file("between"), f"{lab.id}-between"
-    handle = await lab.client.start_workflow(
-        FiveSteps.run, Plan(ledger, released=3), id=queue, task_queue=queue, task_timeout=SOON
+def parcel_worker(client: Client) -> Worker:
+    return Worker(
+        client, task_queue="parcels", workflows=[SendParcel], activities=[pick, pack, label, hand_over, notify]
     )
-    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue) as worker:
-        await until(lambda: reached(handle, 3), "three steps are completed")
-        await worker.kill()
-    before = notes(ledger)
-    killed = time.monotonic()
-    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue):
-        await handle.signal(FiveSteps.release, 5)
-        result = await handle.result()
-    seconds = time.monotonic() - killed
+
+
+async def example_ex_01(client: Client) -> None:
+    parcel = Parcel(str(uuid.uuid4()))
+    handle = await client.start_workflow(SendParcel.run, parcel, id=f"parcel-{parcel.number}", task_queue="parcels")
+    async with parcel_worker(client):
+        await asyncio.sleep(1)
+    print("The worker is gone, wherever the parcel stands. Another one takes over.")
+    async with parcel_worker(client):
+        await handle.signal(SendParcel.courier_is_here)
+        print("\n".join(await handle.result()))
+
+
+# EX-01 put to the test -------------------------------------------------------------------------------
+
+PARCEL_STEPS = [pick, pack, label, hand_over, notify]
+STEPS = [step.__name__ for step in PARCEL_STEPS]
+PARCELS: dict[str, Any] = {"workflows": [SendParcel], "activities": PARCEL_STEPS}
+COLLECTED: dict[str, Any] = {"start_signal": "courier_is_here"}
+
+
+def names(calls: Iterable[Call]) -> list[str]:
+    return [call.activity for call in calls]
+
+
+def done(number: str) -> list[str]:
+    """The right result."""
+    return [
+        "tea picked", "tea packed", f"parcel {number} labelled", f"parcel {number} handed over",
+        f"customer of {number} told",
+    ]  # fmt: skip
+
+
+async def settled(handle: WorkflowHandle[Any, Any], completed: int) -> bool:
+    """So many activities are completed, and the workflow task that heard of the last one is too."""
+    kinds = [event.event_type for event in (await handle.fetch_history()).events]
+    return (
+        kinds.count(EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED) == completed
+        and kinds[-1] == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
+    )
+
+
+async def kill_between_steps(lab: Lab, name: str, **options: Any) -> TakeOver:
+    """Three steps are done and the workflow waits; its worker dies; the courier comes; another worker goes on."""
+    handle = lab.client.get_workflow_handle(f"{lab.id}-{name}")
+    return await lab.take_over(
+        SendParcel.run, Parcel(name), name=name, parts=PARCELS | options,
+        point=lambda: settled(handle, 3), meanwhile=lambda: handle.signal(SendParcel.courier_is_here),
+    )  # fmt: skip
+
+
+async def quick_successor(lab: Lab) -> Evidence:
+    taken = await kill_between_steps(lab, "between")
     return works(
         "worker killed between steps: a new one goes on at the next step, and each step was taken once",
-        result == FIVE and before == ["1", "2", "3"] and notes(ledger) == ["1", "2", "3", "4", "5"],
-        f"steps before SIGKILL: {' '.join(before)}; after it: {' '.join(notes(ledger)[3:])}; "
-        f"result {result}; finished {seconds:.1f} s after the kill",
+        before=equal(names(taken.before), STEPS[:3]),
+        after=equal(names(taken.after), STEPS[3:]),
+        result=equal(taken.ending.result, done("between")),
+        from_kill_to_end=figure(taken.seconds, "s"),
+        sticky_timeout="1 s instead of the default 10 s, as everywhere here",
     )
 
 
-async def reached(handle: WorkflowHandle[Any, Any], steps: int) -> bool:
-    return await completed_activities(handle) >= steps
+async def waited_for_the_dead(handle: WorkflowHandle[Any, Any]) -> list[float]:
+    """Seconds of the server's clock that workflow tasks waited for a worker that did not fetch them."""
+    waits, scheduled = [], 0.0
+    for event in (await handle.fetch_history()).events:
+        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_SCHEDULED:
+            scheduled = event.event_time.ToNanoseconds() / 1e9
+        timed_out = event.workflow_task_timed_out_event_attributes
+        if timed_out.timeout_type == TimeoutType.TIMEOUT_TYPE_SCHEDULE_TO_START:
+            waits.append(event.event_time.ToNanoseconds() / 1e9 - scheduled)
+    return waits
+
+
+async def default_successor(lab: Lab) -> Evidence:
+    """The same kill with the SDK's default: for 10 s the next task waits for the worker that has the run cached."""
+    default = inspect.signature(Worker).parameters["sticky_queue_schedule_to_start_timeout"].default
+    taken = await kill_between_steps(lab, "default", sticky_queue_schedule_to_start_timeout=default)
+    waits = await waited_for_the_dead(taken.handle)
+    return holds(
+        "with the default sticky timeout it is the same, only later: the task first waits for the worker that died",
+        after=equal(names(taken.after), STEPS[3:]),
+        result=equal(taken.ending.result, done("default")),
+        waits_in_the_history=equal(len(waits), 1),
+        waited=at_least(figure(sum(waits), "s"), default.total_seconds()),
+        from_kill_to_end=figure(taken.seconds, "s"),
+    )
 
 
 async def kill_inside_step(lab: Lab) -> Evidence:
-    """The worker dies inside step 4. The server gives that attempt up when its time is over."""
-    ledger, queue = lab.file("inside"), f"{lab.id}-inside"
-    plan = Plan(ledger, dies_in=4, patience=SOON.total_seconds())
-    handle = await lab.client.start_workflow(FiveSteps.run, plan, id=queue, task_queue=queue)
-    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue) as worker:
-        await until(lambda: "4" in notes(ledger), "step 4 has begun")
-        await worker.kill()
-    async with lab.worker_process([FiveSteps], [take_step], task_queue=queue):
-        result = await handle.result()
-    again = [line for line in notes(ledger) if line.endswith("again")]
-    return holds(
-        "worker killed inside step 4: that step alone is tried again",
-        result == FIVE and notes(ledger)[:4] == ["1", "2", "3", "4"] and set(again) == {"4 again"} and
-        notes(ledger)[-1] == "5" and len(notes(ledger)) == 5 + len(again),
-        f"steps taken: {', '.join(notes(ledger))}; result {result}",
+    """The worker dies inside the fourth step. The server gives that attempt up when its time is over."""
+    name = "inside"
+    taken = await lab.take_over(
+        SendParcel.run, Parcel(name), name=name, **COLLECTED,
+        parts=PARCELS | {
+            "faults": [die_before("hand_over")],
+            "shortened": {"hand_over": {"start_to_close_timeout": soon()}},
+        },
+        point=lambda: "hand_over" in names(lab.calls(f"{lab.id}-{name}")),
     )  # fmt: skip
+    calls = Counter(names([*taken.before, *taken.after]))
+    return holds(
+        "worker killed inside the fourth step: that step alone is tried again",
+        before=equal(names(taken.before), STEPS[:4]),
+        calls_of_hand_over=at_least(calls.pop("hand_over"), 2),
+        calls_of_the_others=equal(calls, Counter(["pick", "pack", "label", "notify"])),
+        result=equal(taken.ending.result, done(name)),
+        given_up_after=figure(soon().total_seconds(), "s"),
+    )
 
 
-async def kill_server(lab: Lab) -> Evidence:
-    """The server dies and comes back on its file; client and worker are not touched and find it again."""
-    ledger = lab.file("server")
-    async with lab.private_server(file=True) as server, lab.worker([FiveSteps], [take_step], server=server):
+async def kill_server(lab: Lab, *, file: bool) -> Evidence:
+    """The server dies and comes back; client and worker are not touched and find it again."""
+    name = "server" if file else "lost"
+    async with lab.private_server(file=file) as server, lab.worker(**PARCELS, server=server, task_queue=name):
         handle = await server.client.start_workflow(
-            FiveSteps.run, Plan(ledger, released=3), id=f"{lab.id}-server", task_queue=lab.task_queue
+            SendParcel.run, Parcel(name), id=f"{lab.id}-{name}", task_queue=name
         )
-        await until(lambda: reached(handle, 3), "three steps are completed")
+        await until(lambda: settled(handle, 3), "three steps are completed")
         server.kill()
         restart = await server.start()
-        back = time.monotonic()
-        await handle.signal(FiveSteps.release, 5)
-        result = await handle.result()
-        seconds = time.monotonic() - back
-        described = await handle.describe()
-    return holds(
-        "server killed and restarted on its file: the same run goes on, the same client and worker reconnect",
-        result == FIVE and notes(ledger) == ["1", "2", "3", "4", "5"]
-        and described.run_id == handle.first_execution_run_id,
-        f"steps: {' '.join(notes(ledger))}; server back in {restart:.2f} s; steps 4 and 5 done "
-        f"{seconds:.1f} s later; run id unchanged",
-    )  # fmt: skip
-
-
-CHAOS_RUNS = 20
-
-
-async def chaos(lab: Lab) -> Evidence:
-    """Twenty workflows, three kills of the worker and one of the server, at moments drawn from the seed."""
-    ledger = lab.file("chaos")
-    moments = sorted(lab.random.sample(range(10, CHAOS_RUNS * 5 - 15), 4))
-    victims = lab.random.sample(["worker", "worker", "worker", "server"], 4)
-    async with lab.private_server(file=True) as server:
-        handles = [
-            await server.client.start_workflow(
-                FiveSteps.run,
-                Plan(ledger, seconds=0.05, patience=SOON.total_seconds()),
-                id=f"{lab.id}-chaos-{number}",
-                task_queue=lab.task_queue,
-                task_timeout=SOON,
+        if not file:
+            return control(
+                "a server that keeps nothing on disk has lost the workflow",
+                steps_before_the_kill=equal(names(lab.calls(handle.id)), STEPS[:3]),
+                after_the_restart=equal(name_of(await refusal(handle)), "NOT_FOUND"),
             )
-            for number in range(CHAOS_RUNS)
-        ]
-        for moment, victim in zip(moments, victims, strict=True):
-            async with lab.worker_process(
-                [FiveSteps], [take_step], server=server, max_concurrent_activities=4
-            ) as worker:
-                await until(lambda: len(notes(ledger)) >= moment, f"{moment} steps were begun", 40)  # noqa: B023
-                if victim == "server":
-                    server.kill()
-                    await server.start()
-                await worker.kill()
-        async with lab.worker_process([FiveSteps], [take_step], server=server):
-            results = await asyncio.gather(*(handle.result() for handle in handles))
-        completions = [await completed_activities(handle) for handle in handles]
-    right = sum(result == FIVE for result in results)
-    begun = len(notes(ledger))
-    return holds(
-        "random kills under load: every result is right and every history has each step completed once",
-        right == CHAOS_RUNS and completions == [5] * CHAOS_RUNS and begun >= CHAOS_RUNS * 5,
-        f"seed {lab.seed}: SIGKILL of {', '.join(f'{v} at step {m}' for v, m in zip(victims, moments, strict=True))}; "
-        f"{right} of {CHAOS_RUNS} results right; completions a history: {sorted(set(completions))}; "
-        f"{begun} steps begun for {CHAOS_RUNS * 5} to be done",
-    )
+        back = time.monotonic()
+        await handle.signal(SendParcel.courier_is_here)
+        how = await ended(handle)
+        return holds(
+            "server killed and restarted on its file: the same run goes on, the same client and worker reconnect",
+            steps=equal(names(lab.calls(handle.id)), STEPS),
+            result=equal(how.result, done(name)),
+            same_run_id=equal((await handle.describe()).run_id == handle.first_execution_run_id, True),
+            server_back_in=figure(restart, "s"),
+            rest_done_after=figure(time.monotonic() - back, "s"),
+        )
+
+
+async def five_plain_steps(ledger: str) -> None:
+    """The control: the same five steps called by an ordinary program. It waits after the third to be killed."""
+    killed_before = len(notes(ledger)) >= 3
+    for step in PARCEL_STEPS:
+        note(ledger, step.__name__)
+        await step(Parcel("plain"))
+        if step is label and not killed_before:
+            await asyncio.sleep(3600)
 
 
 async def plain_program(lab: Lab) -> Evidence:
@@ -266,32 +323,220 @@ async def plain_program(lab: Lab) -> Evidence:
         await program.wait()
     return control(
         "the same five steps in a plain program start over after the kill",
-        notes(ledger) == ["1", "2", "3", "1", "2", "3", "4", "5"],
-        f"steps: {' '.join(notes(ledger)[:3])}, SIGKILL, {' '.join(notes(ledger)[3:])}",
+        before=equal(notes(ledger)[:3], STEPS[:3]),
+        after=equal(notes(ledger)[3:], STEPS),
     )
 
 
-async def server_without_file(lab: Lab) -> Evidence:
-    async with lab.private_server() as server:
-        handle = await server.client.start_workflow(
-            FiveSteps.run, Plan(lab.file("lost")), id=f"{lab.id}-lost", task_queue=lab.task_queue
-        )
-        there = await status_of(handle)
-        server.kill()
-        await server.start()
-        after = await refusal(handle)
-    return control(
-        "a server that keeps nothing on disk has lost the workflow",
-        there == WorkflowExecutionStatus.RUNNING and after == RPCStatusCode.NOT_FOUND,
-        f"before SIGKILL: {name_of(there)}; after the restart: {name_of(after)}",
-    )
+@activity.defn
+async def square(number: int) -> int:
+    return number * number
+
+
+Steps = list[tuple[str, Any]]
+
+
+def mixed(total: int, part: int) -> int:
+    """A sum in which the order counts."""
+    return (31 * total + part) % 1_000_003
+
+
+@workflow.defn
+class Program:
+    """Does what it is told: activities, several at once, timers, children, and waiting for signals."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    @workflow.run
+    async def run(self, steps: Steps) -> int:
+        total, used = 0, 0
+        for kind, value in steps:
+            part = 0
+            if kind == "activities":
+                run = [workflow.execute_activity(square, one, start_to_close_timeout=PATIENT) for one in value]
+                part = sum(await asyncio.gather(*run))
+            elif kind == "timer":
+                await workflow.sleep(value)
+            elif kind == "child":
+                part = await workflow.execute_child_workflow(
+                    Program.run, value, id=f"{workflow.info().workflow_id}-{workflow.uuid4()}"
+                )
+            else:
+                await workflow.wait_condition(lambda: len(self.heard) > used)  # noqa: B023
+                part, used = self.heard[used], used + 1
+            total = mixed(total, part)
+        return total
+
+    @workflow.signal
+    def hear(self, number: int) -> None:
+        self.heard.append(number)
+
+
+def answer(steps: Steps, heard: Sequence[int]) -> int:
+    """The result that a program must have, computed beside Temporal."""
+    total, numbers = 0, iter(heard)
+    for kind, value in steps:
+        part = 0
+        if kind == "activities":
+            part = sum(number * number for number in value)
+        elif kind == "child":
+            part = answer(value, [])
+        elif kind == "signal":
+            part = next(numbers)
+        total = mixed(total, part)
+    return total
+
+
+def draw(drawing: random.Random, kinds: Sequence[str], length: int) -> Steps:
+    """So many random steps."""
+    steps: Steps = []
+    for kind in drawing.choices(kinds, k=length):
+        if kind == "activities":
+            steps.append((kind, [drawing.randrange(100) for _ in range(drawing.randint(1, 3))]))
+        elif kind == "timer":
+            steps.append((kind, drawing.choice([0.05, 0.2, 0.5])))
+        else:
+            steps.append((kind, draw(drawing, ["activities", "timer"], 2)))
+    return steps
+
+
+PARCELS_IN_CHAOS, PROGRAMS_IN_CHAOS, KILLS = 20, 6, 4
+
+
+class Load:
+    """Many runs that are under way on a server while parts of it are killed, and what must be true of them then."""
+
+    def __init__(self, lab: Lab, client: Client) -> None:
+        self.lab, self.client = lab, client
+        self.programs = [self._program() for _ in range(PROGRAMS_IN_CHAOS)]
+        self.signals = [lab.random.randrange(100) for _ in range(KILLS)]
+        self.parcels: list[WorkflowHandle[Any, Any]] = []
+        self.running: list[WorkflowHandle[Any, Any]] = []
+        self.recorded: dict[tuple[str, str], float] = {}  # what was seen to be completed, and when
+
+    def _program(self) -> Steps:
+        """As many waits for a signal as there are kills, with random steps around them."""
+        every = ["activities", "timer", "child"]
+        parts = [[*draw(self.lab.random, every, 2), ("signal", None)] for _ in range(KILLS)]
+        return [*(step for part in parts for step in part), *draw(self.lab.random, every, 2)]
+
+    async def start(self) -> None:
+        options: dict[str, Any] = {"task_queue": self.lab.task_queue, "task_timeout": soon()}
+        for number in range(PARCELS_IN_CHAOS):
+            id = f"{self.lab.id}-chaos-{number}"
+            self.parcels.append(
+                await self.client.start_workflow(SendParcel.run, Parcel(str(number)), id=id, **COLLECTED, **options)
+            )
+        for number, steps in enumerate(self.programs):
+            id = f"{self.lab.id}-program-{number}"
+            self.running.append(await self.client.start_workflow(Program.run, steps, id=id, **options))
+
+    def worker(self, server: Server | None, **options: Any) -> contextlib.AbstractAsyncContextManager[Child]:
+        """A process that works for them; each step takes a moment, so that a kill meets some."""
+        return self.lab.worker_process(
+            [SendParcel, Program], [*PARCEL_STEPS, square], server=server,
+            faults=[slow(name, 0.05) for name in [*STEPS, "square"]],
+            shortened={name: {"start_to_close_timeout": soon()} for name in [*STEPS, "square"]}, **options,
+        )  # fmt: skip
+
+    def begun(self) -> int:
+        """How many steps of parcels were begun so far."""
+        return sum("-chaos-" in call.workflow for call in self.lab.calls())
+
+    async def hear(self, number: int) -> None:
+        """Send every program the signal that it waits for next."""
+        await asyncio.gather(*(handle.signal(Program.hear, number) for handle in self.running))
+
+    async def look(self) -> None:
+        """Remember what the server says is completed. It must not be begun again, whatever is killed now."""
+        for handle in [*self.parcels, *self.running]:
+            for id in await completed(handle):
+                self.recorded.setdefault((handle.id, id), time.time())
+
+    async def outcome(self, kills: str) -> list[Evidence]:
+        """Wait for every run, and say what came of them."""
+        results = {one.id: await ended(one) for one in self.parcels}
+        answers = [(await ended(one)).result for one in self.running]
+        completions = {one.id: await completed(one) for one in [*self.parcels, *self.running]}
+        calls = [call for call in self.lab.calls() if call.workflow in completions]
+        again = {(one.workflow, one.id) for one in calls if one.at > self.recorded.get((one.workflow, one.id), one.at)}
+        settings = f"attempts and workflow tasks given up after {soon().total_seconds():g} s, sticky timeout 1 s"
+        return [
+            holds(
+                "random kills under load: every result is right and every history has each step completed once",
+                seed=self.lab.seed,
+                SIGKILL_of=kills,
+                right_results=equal(
+                    sum(one.result == done(id.rpartition("-")[2]) for id, one in results.items()), PARCELS_IN_CHAOS
+                ),
+                completions_a_history=equal(sorted({len(completions[one.id]) for one in self.parcels}), [5]),
+                parcels_without_all_five_steps_begun=equal(
+                    [one.id for one in self.parcels if {c.activity for c in calls if c.workflow == one.id} != {*STEPS}],
+                    [],
+                ),
+                steps_begun=f"{self.begun()} for {5 * PARCELS_IN_CHAOS} to be done",
+                settings=settings,
+            ),
+            holds(
+                "what a history had as completed before a kill stays there, and is never begun again",
+                completions_seen_before_kills=at_least(len(self.recorded), KILLS),
+                gone=equal(sorted(key for key in self.recorded if key[1] not in completions[key[0]]), []),
+                begun_again=equal(sorted(again), []),
+            ),
+            holds(
+                "random programs of activities, timers, children and signals give their known answers under them",
+                seed=self.lab.seed,
+                steps=Counter(kind for steps in self.programs for kind, _ in steps),
+                answers=equal(answers, [answer(steps, self.signals) for steps in self.programs]),
+            ),
+        ]
+
+
+async def completed(handle: WorkflowHandle[Any, Any]) -> list[str]:
+    """The ids of the activities that are completed in a run's history."""
+    ids, found = {}, []
+    for event in (await handle.fetch_history()).events:
+        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+            ids[event.event_id] = event.activity_task_scheduled_event_attributes.activity_id
+        elif event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+            found.append(ids[event.activity_task_completed_event_attributes.scheduled_event_id])
+    return found
+
+
+async def chaos(lab: Lab) -> list[Evidence]:
+    """Under load, three kills of the worker and one of the server, at moments drawn from the seed."""
+    moments = sorted(lab.random.sample(range(10, PARCELS_IN_CHAOS * 5 - 15), KILLS))
+    victims = lab.random.sample(["worker", "worker", "worker", "server"], KILLS)
+    async with lab.private_server(file=True) as server:
+        load = Load(lab, server.client)
+        await load.start()
+        for moment, victim, number in zip(moments, victims, load.signals, strict=True):
+            async with load.worker(server, max_concurrent_activities=4) as worker:
+                await load.hear(number)
+                await until(lambda: load.begun() >= moment, f"{moment} steps were begun")  # noqa: B023
+                await load.look()
+                if victim == "server":
+                    server.kill()
+                    await server.start()
+                await worker.kill()
+        async with load.worker(server):
+            kills = [f"{victim} at step {moment}" for victim, moment in zip(victims, moments, strict=True)]
+            return await load.outcome(", ".join(kills))
 
 
 @EX.item("EX-01", "Progress guarantee", fail_closed=True, seconds=150)
 async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
     """Workers and servers are killed between and inside steps; a ledger outside Temporal counts the steps."""
-    parts = (kill_between_steps, kill_inside_step, plain_program, kill_server, server_without_file, chaos)
-    async for evidence in side_by_side(*(part(lab) for part in parts)):
+    async for evidence in side_by_side(
+        quick_successor(lab),
+        default_successor(lab),
+        kill_inside_step(lab),
+        kill_server(lab, file=True),
+        kill_server(lab, file=False),
+        plain_program(lab),
+        chaos(lab),
+    ):
         yield evidence
     yield native(
         "replay belongs to the SDK: the workflow holds no recovery code, and nobody resumed a run by hand",
@@ -301,7 +546,7 @@ async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
         Worker,
         WorkflowHandle.result,
         "temporal server start-dev --db-filename",
-        adds=keywords_in([FiveSteps], "try"),
+        adds=keywords_in([SendParcel, take], "try"),
     )
 
 
@@ -739,7 +984,7 @@ class Counting:
         return {"done": self.done, "total": self.total, "labels": self.labels}
 
 
-STEPS = 100
+MEASURES = 100
 
 
 async def history_by_cli(lab: Lab, handle: WorkflowHandle[Any, Any], server: Server) -> list[dict[str, Any]]:
@@ -755,10 +1000,10 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
     async with lab.private_server(file=True) as server:
         async with lab.worker_process([Counting], [measure], server=server) as worker:
             handle = await server.client.start_workflow(
-                Counting.run, STEPS, id=f"{lab.id}-counting", task_queue=lab.task_queue
+                Counting.run, MEASURES, id=f"{lab.id}-counting", task_queue=lab.task_queue
             )
             await handle.signal(Counting.label, "first")
-            await until(lambda: counted(handle), f"{STEPS} steps are counted", every=0.25)
+            await until(lambda: counted(handle), f"{MEASURES} steps are counted", every=0.25)
             before = await handle.query(Counting.state)
             history_before = await history_of(handle)
             await worker.kill()
@@ -769,7 +1014,7 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
             history, by_cli = await history_of(handle), await history_by_cli(lab, handle, server)
             size = (await handle.describe()).raw_description.workflow_execution_info.history_size_bytes
             processes = f"worker {worker.pid} replaced by {successor.pid}"
-    expected = {"done": STEPS, "total": sum(n * n for n in range(1, STEPS + 1)), "labels": ["first"]}
+    expected = {"done": MEASURES, "total": sum(n * n for n in range(1, MEASURES + 1)), "labels": ["first"]}
     yield works(
         "state read by query is the same after worker and server were killed",
         before == after == expected,
@@ -778,7 +1023,9 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
     ids = [int(event["eventId"]) for event in history]
     yield holds(
         "the history is whole: event ids run from 1 without a gap, and nothing in it changed",
-        ids == list(range(1, len(ids) + 1)) and history[: len(history_before)] == history_before and len(ids) > STEPS,
+        ids == list(range(1, len(ids) + 1))
+        and history[: len(history_before)] == history_before
+        and len(ids) > MEASURES,
         f"event ids {ids[0]} to {ids[-1]}, {len(ids)} events; the {len(history_before)} from before the kill are equal",
     )
     yield holds(
@@ -786,7 +1033,7 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
         [(e["eventId"], e["eventType"], e["eventTime"]) for e in by_cli]
         == [(e["eventId"], e["eventType"], e["eventTime"]) for e in history],
         f"{len(by_cli)} events by the command line, {len(history)} by the Python client; "
-        f"history of {STEPS} steps: {size / 1000:.1f} kB",
+        f"history of {MEASURES} steps: {size / 1000:.1f} kB",
     )
     yield native(
         "variables are plain attributes, read by a query",
@@ -811,7 +1058,7 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
 
 async def counted(handle: WorkflowHandle[Any, Any]) -> bool:
     state: dict[str, Any] = await handle.query(Counting.state)
-    return bool(state["done"] == STEPS)
+    return bool(state["done"] == MEASURES)
 
 
 # EX-05 Determinism constraints -----------------------------------------------------------------------
@@ -1078,16 +1325,10 @@ async def begin_order(lab: Lab, name: str, server: Server | None = None) -> Viol
     client = server.client if server else lab.client
     handle = await client.start_workflow(Order.run, ledger, id=queue, task_queue=queue, task_timeout=RETRIED_AFTER)
     async with lab.worker([Order], [perform], server=server, task_queue=queue):
-        await until(lambda: settled(handle), "the order is paid and waits")
+        await until(lambda: settled(handle, 1), "the order is paid and waits")
     order = Violation(handle, ledger, queue, await history_of(handle))
     await handle.signal(Order.approve)
     return order
-
-
-async def settled(handle: WorkflowHandle[Any, Any]) -> bool:
-    """One activity is completed, and the workflow task that heard of it is too."""
-    count = await count_events(handle)
-    return count["ACTIVITY_TASK_COMPLETED"] == 1 and count["WORKFLOW_TASK_COMPLETED"] == 2
 
 
 async def break_and_roll_back(lab: Lab) -> tuple[Evidence, Evidence]:
