@@ -10,7 +10,9 @@ from common import (
     Category,
     Evidence,
     at_least,
+    at_most,
     causes,
+    contains,
     control,
     equal,
     figure,
@@ -22,25 +24,31 @@ from common import (
     works,
 )
 from lab import (
+    Books,
     Call,
     Child,
+    Ending,
     Lab,
     Server,
     TakeOver,
+    die,
     die_before,
     ended,
     failed_tasks,
     history_of,
+    hold,
     keywords_in,
     name_of,
     note,
     notes,
+    open_gate,
     refusal,
     run,
     sandbox,
     slow,
     status_of,
     until,
+    withhold,
 )
 
 import asyncio
@@ -52,7 +60,6 @@ import random
 import secrets
 import signal
 import socket
-import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -61,10 +68,11 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from temporalio import activity, workflow
 from temporalio.api.common.v1 import WorkflowExecution
@@ -78,7 +86,7 @@ from temporalio.client import (
     WorkflowHistory,
 )
 from temporalio.common import RetryPolicy, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
-from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlreadyStartedError
+from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlreadyStartedError, is_cancelled_exception
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Replayer, Worker
 from temporalio.worker.workflow_sandbox import RestrictedWorkflowAccessError, SandboxedWorkflowRunner
@@ -551,68 +559,163 @@ async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # EX-02 Side-effect guarantee -------------------------------------------------------------------------
-# A completed activity is never run again. One that was cut off in the middle is: bring your own key.
+# A completed activity is never run again. One that was cut off in the middle is: bring a key that is the same in
+# every attempt, or allow only one and say what is not known. And let what runs end when a worker is told to end.
 
 
 @dataclass
-class Charge:
-    database: str
-    key: str = ""  # "" writes without an idempotency key
-    dies: bool = True  # the first call kills its own worker after the effect, before it can report
+class Sale:
+    number: str
+    cents: int
 
 
-def open_accounts(database: str) -> None:
-    """The table of an imaginary payment provider: it books every charge, but the same key only once."""
-    with sqlite3.connect(database) as connection:
-        connection.execute("CREATE TABLE charges (key TEXT UNIQUE, at REAL)")
-        connection.execute("CREATE TABLE calls (at REAL)")
+@dataclass
+class Payment:
+    # Of the business, and of nothing else: the ids of workflows and activities come again in a later run. Where the
+    # business has none, workflow id, run id and a name are a key, but a run that is repeated then pays once more.
+    key: str
+    cents: int
 
 
-def rows(database: str, table: str) -> int:
-    with sqlite3.connect(database) as connection:
-        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+class Bank(Protocol):
+    """The world outside. What it is asked twice under one key counts once; a text message has no key."""
+
+    def charge(self, key: str, cents: int) -> str: ...
+
+    def is_settled(self, receipt: str) -> bool: ...
+
+    def send_text(self, message: str) -> None: ...
 
 
-@activity.defn
-async def charge(order: Charge) -> str:
-    with sqlite3.connect(order.database) as connection:
-        connection.execute("INSERT INTO calls VALUES (?)", [time.time()])
-        connection.execute("INSERT OR IGNORE INTO charges VALUES (?, ?)", [order.key or None, time.time()])
-    if order.dies and rows(order.database, "calls") == 1:
-        os.kill(os.getpid(), signal.SIGKILL)  # the effect is there; nobody was told
-    return "charged"
+class Till:
+    """These activities block, so they are no coroutines: each runs in a thread."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+
+    @activity.defn
+    def charge(self, payment: Payment) -> str:
+        return self.bank.charge(payment.key, payment.cents)
+
+    @activity.defn
+    def await_settlement(self, receipt: str) -> None:
+        """May take longer than a deployment waits: it leaves with its worker, and goes on with another."""
+        while not self.bank.is_settled(receipt):
+            activity.heartbeat()
+            activity.wait_for_worker_shutdown_sync(timedelta(seconds=5))
+            if activity.is_worker_shutdown():
+                raise ApplicationError("the worker leaves")
+
+    @activity.defn
+    def send_text(self, message: str) -> None:
+        self.bank.send_text(message)
 
 
 @workflow.defn
 class Checkout:
     @workflow.run
-    async def run(self, order: Charge, attempts: int, keyed: bool) -> str:
-        if keyed:
-            # The same in every attempt of this activity, and in no other one.
-            order.key = f"{workflow.info().workflow_id}/charge"
+    async def run(self, sale: Sale) -> str:
+        receipt = await workflow.execute_activity_method(
+            Till.charge, Payment(f"{sale.number}/charge", sale.cents), start_to_close_timeout=timedelta(seconds=30)
+        )
+        await workflow.execute_activity_method(
+            Till.await_settlement,
+            receipt,
+            start_to_close_timeout=timedelta(hours=8),
+            heartbeat_timeout=timedelta(seconds=30),
+        )
         try:
-            return await workflow.execute_activity(
-                charge,
-                order,
-                start_to_close_timeout=SOON,
-                retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_attempts=attempts),
+            await workflow.execute_activity_method(
+                Till.send_text,
+                f"order {sale.number} is paid",
+                start_to_close_timeout=timedelta(seconds=30),
+                retry_policy=RetryPolicy(maximum_attempts=1),  # rather not at all than twice
             )
         except ActivityError as error:
-            return f"not known to have happened: {type(error.cause).__name__}"
+            if is_cancelled_exception(error):
+                raise
+            return f"{receipt}; not known whether the customer was told: {error.cause}"
+        return f"{receipt}; customer told"
 
 
-async def charge_and_die(lab: Lab, name: str, attempts: int, keyed: bool) -> tuple[str, int, int]:
-    """Run Checkout over a worker that dies after the effect. Returns (result, calls, rows)."""
-    database, queue = lab.file(f"{name}.sqlite"), f"{lab.id}-{name}"
-    open_accounts(database)
-    handle = await lab.client.start_workflow(
-        Checkout.run, args=[Charge(database), attempts, keyed], id=queue, task_queue=queue
-    )
-    async with lab.worker_process([Checkout], [charge], task_queue=queue) as worker:
-        await worker.wait()
-    async with lab.worker_process([Checkout], [charge], task_queue=queue):
-        result = await handle.result()
-    return result, rows(database, "calls"), rows(database, "charges")
+async def serve(client: Client, till: Till) -> None:
+    """A worker as it is deployed: SIGTERM ends it, and what runs then is given time to end."""
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    async with Worker(
+        client,
+        task_queue="till",
+        workflows=[Checkout],
+        activities=[till.charge, till.await_settlement, till.send_text],
+        activity_executor=ThreadPoolExecutor(10),
+        graceful_shutdown_timeout=timedelta(seconds=30),
+    ):
+        await told.wait()
+
+
+class PaperBank:
+    """A bank for the example, which keeps its books in memory."""
+
+    def __init__(self) -> None:
+        self.books: dict[str, int] = {}
+
+    def charge(self, key: str, cents: int) -> str:
+        self.books.setdefault(key, cents)
+        return f"receipt for {key}"
+
+    def is_settled(self, receipt: str) -> bool:
+        return True
+
+    def send_text(self, message: str) -> None:
+        print(f"Text message: {message}")
+
+
+async def example_ex_02(client: Client) -> None:
+    serving = asyncio.create_task(serve(client, Till(PaperBank())))
+    sale = Sale(str(uuid.uuid4()), 4200)
+    print(await client.execute_workflow(Checkout.run, sale, id=f"checkout-{sale.number}", task_queue="till"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving
+
+
+# EX-02 put to the test -------------------------------------------------------------------------------
+
+
+@dataclass
+class Branch:
+    """A bank whose books outlive its callers."""
+
+    books: Books
+    settles: str = ""  # a file: settled when it is there
+
+    def charge(self, key: str, cents: int) -> str:
+        note(f"{self.books.path} tokens", activity.info().task_token.hex())
+        self.books.enter(key, cents)
+        return f"receipt for {key}"
+
+    def tokens(self) -> list[str]:
+        """What each attempt to charge would prove itself by, oldest first."""
+        return notes(f"{self.books.path} tokens")
+
+    def is_settled(self, receipt: str) -> bool:
+        return not self.settles or Path(self.settles).exists()
+
+    def send_text(self, message: str) -> None:
+        self.books.enter(f"{message} {uuid.uuid4()}", 1)
+
+
+class Keyless(Branch):
+    """The control: it books every call."""
+
+    def charge(self, key: str, cents: int) -> str:
+        return super().charge(f"{key} {uuid.uuid4()}", cents)
+
+
+class KeyedByIds(Branch):
+    """The control: the caller sends the ids of workflow and activity as its key, as is often advised."""
+
+    def charge(self, key: str, cents: int) -> str:
+        return super().charge(f"{activity.info().workflow_id}/{activity.info().activity_id}", cents)
 
 
 @workflow.defn
@@ -620,99 +723,300 @@ class ThreeCharges:
     """Notes each time its code is run, which workflow code must never do: it counts the replays here."""
 
     @workflow.run
-    async def run(self, database: str, ledger: str) -> int:
-        note(ledger, "workflow code entered")
-        for _ in range(3):
-            await workflow.execute_activity(charge, Charge(database, dies=False), start_to_close_timeout=PATIENT)
-        return 3
-
-
-@dataclass
-class LocalCall:
-    number: int
-    ledger: str
-
-
-@activity.defn
-async def local_call(call: LocalCall) -> None:
-    note(call.ledger, str(call.number))
-    if call.number == 3 and notes(call.ledger).count("3") == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    async def run(self, number: str, ledger: str, local: bool) -> None:
+        note(ledger, "entered")
+        for key in (f"{number}/1", f"{number}/2", f"{number}/3"):
+            if local:
+                await workflow.execute_local_activity_method(
+                    Till.charge, Payment(key, 1), start_to_close_timeout=PATIENT
+                )
+            else:
+                await workflow.execute_activity_method(Till.charge, Payment(key, 1), start_to_close_timeout=PATIENT)
 
 
 @workflow.defn
-class ThreeLocalCalls:
+class Subscription:
+    """Charges three months, each in a run of its own, as one that never ends has to."""
+
     @workflow.run
-    async def run(self, ledger: str) -> None:
-        for number in (1, 2, 3):
-            await workflow.execute_local_activity(local_call, LocalCall(number, ledger), start_to_close_timeout=SOON)
+    async def run(self, number: str, month: int) -> None:
+        payment = Payment(f"{number}/month {month}", month)
+        await workflow.execute_activity_method(Till.charge, payment, start_to_close_timeout=PATIENT)
+        if month < 3:
+            workflow.continue_as_new(args=[number, month + 1])
 
 
-async def kill_in_local_activity(lab: Lab) -> list[str]:
-    """The calls made by three local activities when the worker dies in the third."""
-    ledger, queue = lab.file("local"), f"{lab.id}-local"
-    handle = await lab.client.start_workflow(ThreeLocalCalls.run, ledger, id=queue, task_queue=queue, task_timeout=SOON)
-    async with lab.worker_process([ThreeLocalCalls], [local_call], task_queue=queue) as worker:
+def counter(bank: Branch, **options: Any) -> dict[str, Any]:
+    """The arguments of a worker that serves this bank."""
+    till = Till(bank)
+    workflows = [Checkout, ThreeCharges, Subscription]
+    return {"workflows": workflows, "activities": [till.charge, till.await_settlement, till.send_text], **options}
+
+
+def branch(lab: Lab, name: str, kind: type[Branch] = Branch) -> Branch:
+    return kind(Books(lab.file(f"{name}.sqlite")))
+
+
+async def replayed(lab: Lab) -> Evidence:
+    bank, ledger, number = branch(lab, "replayed"), lab.file("replayed"), f"{lab.id}-replayed"
+    # No cache: every workflow task begins with a replay of the whole history.
+    async with lab.worker(**counter(bank), max_cached_workflows=0, task_queue=number):
+        await ended(await lab.start(ThreeCharges.run, number, ledger, False, name="replayed", task_queue=number))
+    return works(
+        "a completed activity is not run again when its workflow is replayed",
+        workflow_code_run=at_least(len(notes(ledger)), 4),
+        calls=equal(keys(lab.calls(number)), [f"{number}/{n}" for n in (1, 2, 3)]),
+        books=equal(bank.books.amounts(), [1, 1, 1]),
+    )
+
+
+def keys(calls: Iterable[Call]) -> list[str]:
+    return [call.argument["key"] for call in calls]
+
+
+async def cut_off(lab: Lab, name: str, step: str, kind: type[Branch] = Branch) -> tuple[TakeOver, Branch]:
+    """A checkout whose worker dies when a step has had its effect, and before it can tell anybody."""
+    bank, id = branch(lab, name, kind), f"{lab.id}-{name}"
+    given_up = {step: {"start_to_close_timeout": soon()}}
+    taken = await lab.take_over(
+        Checkout.run, Sale(name, 42), name=name, parts=counter(bank, faults=[die(step)], shortened=given_up),
+        point=lambda: step in names(lab.calls(id, "ended")),
+    )  # fmt: skip
+    return taken, bank
+
+
+async def keyed(lab: Lab) -> list[Evidence]:
+    (plain, without), (taken, bank) = await asyncio.gather(
+        cut_off(lab, "keyless", "charge", Keyless), cut_off(lab, "keyed", "charge")
+    )
+    again, once = without.books.amounts("keyless/"), bank.books.amounts("keyed/")
+    return [
+        control(
+            "killed after the effect and before the report, without a key: the effect is there twice",
+            calls=equal(names([*plain.before, *plain.after]).count("charge"), 2),
+            books=equal(again, [42, 42]),
+            status=equal(plain.ending.status, "COMPLETED"),
+        ),
+        holds(
+            "the same kill with a key of the business's: called again, and it counts once",
+            keys=equal(keys(call for call in lab.calls(taken.handle.id) if call.activity == "charge"),
+                       ["keyed/charge"] * 2),
+            books=equal(once, [42]),
+            status=equal(taken.ending.status, "COMPLETED"),
+        ),
+        limit(
+            "an effect outside Temporal is there twice after such a kill unless its user brings a key",
+            times_without=at_least(len(again), 2),
+            times_with=equal(len(once), 1),
+        ),
+    ]  # fmt: skip
+
+
+async def at_most_once(lab: Lab) -> Evidence:
+    taken, bank = await cut_off(lab, "once", "send_text")
+    return holds(
+        "maximum_attempts=1 makes it at most once, and the workflow knows that it does not know",
+        calls=equal(names([*taken.before, *taken.after]).count("send_text"), 1),
+        texts_sent=equal(bank.books.amounts("order once"), [1]),
+        result=contains(told(taken.ending), "not known", "timeout"),
+    )
+
+
+def told(how: Ending) -> str:
+    """A checkout's result without its receipt."""
+    return str(how.result).partition("; ")[2]
+
+
+async def subscribed(lab: Lab) -> list[Evidence]:
+    """Three months under a key of the business's, and under the ids of workflow and activity."""
+    found = {}
+    for name, kind in (("months", Branch), ("ids", KeyedByIds)):
+        bank, id = branch(lab, name, kind), f"{lab.id}-{name}"
+        async with lab.worker(**counter(bank), task_queue=id):
+            how = await ended(await lab.start(Subscription.run, name, 1, name=name, task_queue=id))
+        ids = [f"{'c' if call.workflow == id else call.workflow}/{call.id}" for call in lab.calls(id)]
+        found[name] = {
+            "runs": equal(len({call.run for call in lab.calls(id)}), 3),
+            "workflow_and_activity_ids": equal(ids, ["c/1"] * 3),
+            "status": equal(how.status, "COMPLETED"),
+        }
+        found[name]["books"] = equal(bank.books.amounts(), [1, 2, 3] if kind is Branch else [1])
+    return [
+        holds("over continue-as-new a key of the business's lets each month count", **found["months"]),
+        control(
+            "a key of workflow id and activity id comes again in each run: two of three months are never paid",
+            **found["ids"],
+        ),
+    ]
+
+
+async def local_charges(lab: Lab) -> Evidence:
+    """Three local activities, whose worker dies in the third."""
+    bank, number = branch(lab, "local"), f"{lab.id}-local"
+    options: dict[str, Any] = {"task_queue": number, "task_timeout": soon()}
+    handle = await lab.start(ThreeCharges.run, number, lab.file("local"), True, name="local", **options)
+    dying = counter(bank, faults=[die_before("charge", key=f"{number}/3")])
+    async with lab.worker_process(**dying, task_queue=number) as worker:
         await worker.wait()
-    async with lab.worker_process([ThreeLocalCalls], [local_call], task_queue=queue):
-        await handle.result()
-    return notes(ledger)
+    before = len(lab.calls(number))
+    async with lab.worker_process(**counter(bank), task_queue=number):
+        how = await ended(handle)
+    finished = [key for key in keys(lab.calls(number)[before:]) if not key.endswith("/3")]
+    return limit(
+        "finished local activities run again when the worker dies within the same workflow task",
+        calls_before=equal(before, 3),
+        finished_and_run_again=at_least(len(finished), 1),
+        status=equal(how.status, "COMPLETED"),
+        workflow_task_timeout=figure(soon().total_seconds(), "s"),
+    )
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A worker told to end by SIGTERM while the text message, which has one attempt, is under way."""
+
+    kind: Callable[..., Evidence]
+    claim: str
+    says: Sequence[str]  # words of the result
+    texts: list[int]
+    grace: bool
+    handler: bool = True
+
+
+DEPLOYMENTS = {
+    "grace": Deployment(
+        holds, "told to end by SIGTERM, a worker with graceful_shutdown_timeout lets its activity end",
+        ["customer told"], [1], grace=True,
+    ),
+    "default": Deployment(
+        control, "with the default grace the running activity fails at once, and with it its only attempt",
+        ["not known"], [], grace=False,
+    ),
+    "no handler": Deployment(
+        control, "where nothing handles SIGTERM the attempt hangs until it is given up",
+        ["not known", "timeout"], [], grace=True, handler=False,
+    ),
+}  # fmt: skip
+
+
+async def deploy(lab: Lab, name: str, case: Deployment) -> Evidence:
+    bank, id, gate = branch(lab, name), f"{lab.id}-{name}", lab.gate(name)
+    leaving = lab.file(f"{name} told") if case.handler else ""
+    parts = counter(bank, task_queue=id, faults=[hold("send_text", gate)])
+    parts |= {"graceful_shutdown_timeout": PATIENT} if case.grace else {}
+    parts |= {} if case.handler else {"shortened": {"send_text": {"start_to_close_timeout": soon()}}}
+    handle = await lab.start(Checkout.run, Sale(name, 1), name=name, task_queue=id)
+    async with lab.worker_process(**parts, leaving=leaving) as old:
+        await until(lambda: "send_text" in names(lab.calls(id)), "the text message is under way")
+        old.send(signal.SIGTERM)
+        at = time.monotonic()
+        await until(lambda: Path(leaving).exists() if leaving else not old.alive, "the worker was told to end")
+        async with lab.worker_process(**parts):
+            if case.grace and case.handler:
+                open_gate(gate)
+            how = await ended(handle)
+            seconds = time.monotonic() - at
+        status = await old.wait()
+    return case.kind(
+        case.claim,
+        result=contains(told(how), *case.says),
+        texts_sent=equal(bank.books.amounts(f"order {name}"), case.texts),
+        attempts=equal(names(lab.calls(id)).count("send_text"), 1),
+        worker_ended_with=equal(status, 0 if case.handler else -signal.SIGTERM),
+        from_SIGTERM_to_the_end=figure(seconds, "s"),
+    )
+
+
+async def long_one(lab: Lab) -> Evidence:
+    """A worker is told to end while an activity waits for the bank, which may take hours."""
+    name, gate = "long", lab.gate("long")
+    bank = replace(branch(lab, name), settles=gate)
+    parts = counter(bank, graceful_shutdown_timeout=PATIENT, task_queue=f"{lab.id}-{name}")
+    handle = await lab.start(Checkout.run, Sale(name, 1), name=name, task_queue=f"{lab.id}-{name}")
+    async with lab.worker_process(**parts, leaving=lab.file("long told")) as old:
+        await until(lambda: "await_settlement" in names(lab.calls(handle.id)), "the wait has begun")
+        old.send(signal.SIGTERM)
+        at = time.monotonic()
+        status = await old.wait()
+        seconds = time.monotonic() - at
+    open_gate(gate)
+    async with lab.worker_process(**parts) as successor:
+        how = await ended(handle)
+    waits = [call for call in lab.calls(handle.id) if call.activity == "await_settlement"]
+    return holds(
+        "a long activity that waits for the shutdown of its worker hands over to the next one",
+        workers=equal([{old.pid: "first", successor.pid: "second"}[one.pid] for one in waits], ["first", "second"]),
+        first_worker_ended_with=equal(status, 0),
+        it_ended_after=figure(seconds, "s"),
+        grace=figure(PATIENT.total_seconds(), "s"),
+        result=equal(told(how), "customer told"),
+    )
+
+
+async def zombie(lab: Lab) -> Evidence:
+    """A worker stands still, is given up, and wakes when another one has done its work."""
+    bank, id, gate = branch(lab, "zombie"), f"{lab.id}-zombie", lab.gate("zombie")
+    parts = counter(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon()}})
+    handle = await lab.start(Checkout.run, Sale("zombie", 42), name="zombie", task_queue=id)
+    # One poll, because each open one of a worker that stands still takes an attempt that must be waited for.
+    halted = parts | {"faults": [withhold("charge", gate, silent=True)], "max_concurrent_activity_task_polls": 1}
+    async with lab.worker_process(**halted, leaving=lab.file("zombie told")) as old:
+        await until(lambda: lab.calls(id, "ended"), "the first attempt has had its effect")
+        old.send(signal.SIGSTOP)
+        async with lab.worker_process(**parts) as successor:
+            how = await ended(handle)
+        open_gate(gate)
+        old.send(signal.SIGCONT)
+        old.send(signal.SIGTERM)
+        left = await old.wait()
+    events = [one.activity_task_completed_event_attributes for one in (await handle.fetch_history()).events]
+    late = lab.client.get_async_activity_handle(task_token=bytes.fromhex(bank.tokens()[0]))
+    answer: RPCStatusCode | None = None
+    try:
+        await late.complete("late")
+    except RPCError as error:
+        answer = error.status
+    return holds(
+        "a worker that stood still and wakes after another has done its work: its report is refused",
+        attempts_of_it=at_least(sum(call.pid == old.pid for call in lab.calls(id)), 1),
+        it_ended_with=equal(left, 0),
+        completions_by_the_other=equal(
+            [one.identity.startswith(f"{successor.pid}@") for one in events if one.identity], [True] * 3
+        ),
+        answer_to_one_more_report=equal(name_of(answer), "NOT_FOUND"),
+        books=equal(bank.books.amounts("zombie/"), [42]),
+        result=equal(told(how), "customer told"),
+    )
 
 
 @EX.item("EX-02", "Side-effect guarantee")
 async def side_effect_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
-    """Activities write rows and kill their own worker before they can report; the table counts the effects."""
-    parts = asyncio.gather(
-        charge_and_die(lab, "plain", attempts=0, keyed=False),
-        charge_and_die(lab, "keyed", attempts=0, keyed=True),
-        charge_and_die(lab, "once", attempts=1, keyed=False),
-        kill_in_local_activity(lab),
-    )
-    database, ledger = lab.file("replayed.sqlite"), lab.file("replayed")
-    open_accounts(database)
-    # No cache: every workflow task begins with a replay of the whole history.
-    async with lab.worker([ThreeCharges], [charge], max_cached_workflows=0):
-        await lab.client.execute_workflow(
-            ThreeCharges.run, args=[database, ledger], id=f"{lab.id}-replayed", task_queue=lab.task_queue
-        )
-    entered = len(notes(ledger))
-    yield works(
-        "a completed activity is not run again when its workflow is replayed",
-        rows(database, "calls") == 3 and entered >= 3,
-        f"workflow code run {entered} times for one run; its 3 activities made {rows(database, 'calls')} calls",
-    )
-    plain, keyed, once, local = await parts
-    yield control(
-        "killed after the effect and before the report, without a key: the effect is there twice",
-        plain[1] >= 2 and plain[2] == plain[1],
-        f"result {plain[0]!r}; {plain[1]} calls, {plain[2]} rows",
-    )
-    yield holds(
-        "the same kill with an idempotency key: called again, and still one row",
-        keyed[0] == "charged" and keyed[1] >= 2 and keyed[2] == 1,
-        f"key workflow_id/charge; result {keyed[0]!r}; {keyed[1]} calls, {keyed[2]} row",
-    )
-    yield holds(
-        "maximum_attempts=1 makes it at most once, and the workflow knows that it does not know",
-        once == ("not known to have happened: TimeoutError", 1, 1),
-        f"{once[1]} call, {once[2]} row; the workflow saw: {once[0]}",
+    """Workers die, are told to end or stand still between an effect and its report; a table counts the effects."""
+    async for evidence in side_by_side(
+        replayed(lab),
+        keyed(lab),
+        at_most_once(lab),
+        subscribed(lab),
+        local_charges(lab),
+        *(deploy(lab, name, case) for name, case in DEPLOYMENTS.items()),
+        long_one(lab),
+        zombie(lab),
+    ):
+        yield evidence
+    grace = inspect.signature(Worker).parameters["graceful_shutdown_timeout"].default
+    yield limit(
+        "by default a worker that is told to end gives its running activities no time",
+        default_grace=at_most(figure(grace.total_seconds(), "s"), 0),
     )
     yield native(
-        "not running a completed activity again, and bounding its attempts, are the SDK's own",
-        (workflow.execute_activity, "retry_policy"),
+        "not running a completed activity again, bounding its attempts and ending in peace are the SDK's own",
+        (workflow.execute_activity_method, "retry_policy"),
         (RetryPolicy, "maximum_attempts"),
-        workflow.execute_local_activity,
+        workflow.execute_local_activity_method,
+        (Worker, "graceful_shutdown_timeout"),
+        activity.wait_for_worker_shutdown_sync,
+        activity.is_worker_shutdown,
         adds=["the key that makes an effect single"],
-    )
-    yield limit(
-        "an effect outside Temporal is exactly once only with a key of the user's own",
-        plain[2] > keyed[2],
-        f"rows after the same kill: {plain[2]} without a key, {keyed[2]} with one",
-    )
-    yield limit(
-        "finished local activities run again when the worker dies within the same workflow task",
-        local.count("1") > 1 and local.count("2") > 1,
-        f"calls of the local activities 1, 2, 3 with a kill in the third: {' '.join(local)}",
     )
 
 

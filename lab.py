@@ -251,6 +251,8 @@ class Lab:
         shortened: Mapping[str, Mapping[str, Any]] | None,
         watched: bool,
     ) -> None:
+        if self._session.options.no_cache:
+            options["max_cached_workflows"] = 0
         if watched:
             outside = Outside(self.file("calls"), faults, shortened or {})
             options["interceptors"] = [*options.get("interceptors", ()), outside]
