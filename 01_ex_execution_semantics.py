@@ -12,6 +12,7 @@ from common import (
     at_least,
     at_most,
     causes,
+    connect,
     contains,
     control,
     equal,
@@ -43,6 +44,7 @@ from lab import (
     notes,
     open_gate,
     refusal,
+    refuse,
     run,
     sandbox,
     slow,
@@ -67,7 +69,7 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
@@ -84,6 +86,8 @@ from temporalio.client import (
     WorkflowFailureError,
     WorkflowHandle,
     WorkflowHistory,
+    WorkflowUpdateHandle,
+    WorkflowUpdateStage,
 )
 from temporalio.common import RetryPolicy, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlreadyStartedError, is_cancelled_exception
@@ -957,7 +961,7 @@ async def zombie(lab: Lab) -> Evidence:
     """A worker stands still, is given up, and wakes when another one has done its work."""
     bank, id, gate = branch(lab, "zombie"), f"{lab.id}-zombie", lab.gate("zombie")
     parts = counter(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon()}})
-    handle = await lab.start(Checkout.run, Sale("zombie", 42), name="zombie", task_queue=id)
+    handle = await lab.start(Checkout.run, Sale("zombie", 42), name="zombie", task_queue=id, task_timeout=soon())
     # One poll, because each open one of a worker that stands still takes an attempt that must be waited for.
     halted = parts | {"faults": [withhold("charge", gate, silent=True)], "max_concurrent_activity_task_polls": 1}
     async with lab.worker_process(**halted, leaving=lab.file("zombie told")) as old:
@@ -1021,45 +1025,139 @@ async def side_effect_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # EX-03 Idempotency and deduplication -----------------------------------------------------------------
-# A workflow id is a lock that the server keeps: of many who start, one succeeds, and a policy says what
-# the others get.
+# A workflow id is a lock that the server keeps: of many who start, one succeeds, and a policy says what the others
+# get. An update has an id, too: sent again, it is answered again and not made again.
 
-CALLERS = 50
+
+@dataclass
+class Balance:
+    owner: str
+    cents: int = 0
+    transfers: dict[str, int] = field(default_factory=dict)  # what each was answered; the old ones may be dropped
 
 
 @activity.defn
-async def report_run(ledger: str) -> None:
-    note(ledger, activity.info().workflow_run_id or "")
+async def welcome(balance: Balance) -> str:
+    return f"Welcome, {balance.owner}"
 
 
 @workflow.defn
 class Account:
-    """Waits until it is told to end. What is applied to it is counted in its state."""
-
-    def __init__(self) -> None:
-        self.deposits = 0
-        self.ending = ""
+    @workflow.init
+    def __init__(self, balance: Balance) -> None:
+        self.balance, self.closed = balance, False
 
     @workflow.run
-    async def run(self, ledger: str) -> int:
-        await workflow.execute_activity(report_run, ledger, start_to_close_timeout=PATIENT)
-        await workflow.wait_condition(lambda: self.ending != "")
-        if self.ending == "fail":
-            raise ApplicationError("told to fail")
-        return self.deposits
+    async def run(self, balance: Balance) -> int:
+        if workflow.info().continued_run_id is None:
+            await workflow.execute_activity(welcome, balance, start_to_close_timeout=timedelta(seconds=30))
+        await workflow.wait_condition(lambda: self.closed or workflow.info().is_continue_as_new_suggested())
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        if not self.closed:
+            workflow.continue_as_new(self.balance)
+        return self.balance.cents
 
     @workflow.update
-    async def deposit(self, amount: int) -> int:
-        self.deposits += amount
-        return self.deposits
+    def deposit(self, cents: int) -> int:
+        update = workflow.current_update_info()
+        assert update
+        return self.book(update.id, cents)
+
+    def book(self, transfer: str, cents: int) -> int:
+        # The server knows an update's id until the run ends; the account takes it along into the next one.
+        balance = self.balance
+        if transfer not in balance.transfers:
+            balance.cents += cents
+            balance.transfers[transfer] = balance.cents
+        return balance.transfers[transfer]
 
     @workflow.signal
-    def send(self, amount: int) -> None:
-        self.deposits += amount
+    def close(self) -> None:
+        self.closed = True
+
+
+async def open_account(client: Client, owner: str) -> WorkflowHandle[Account, int]:
+    """Whoever calls this, and however often: there is one account, and everyone is given it."""
+    return await client.start_workflow(
+        Account.run,
+        Balance(owner),
+        id=f"account-{owner}",
+        task_queue="accounts",
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,  # while it is open
+        id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,  # once it was closed
+    )
+
+
+async def example_ex_03(client: Client) -> None:
+    async with Worker(client, task_queue="accounts", workflows=[Account], activities=[welcome]):
+        owner, transfer = str(uuid.uuid4()), str(uuid.uuid4())
+        accounts = await asyncio.gather(*(open_account(client, owner) for _ in range(5)))
+        print(f"Runs made by five callers: {len({one.first_execution_run_id for one in accounts})}")
+        for _ in range(2):
+            print(f"Balance: {await accounts[0].execute_update(Account.deposit, 10, id=transfer)}")
+        await accounts[0].signal(Account.close)
+        print(f"Balance when closed: {await accounts[0].result()}")
+
+
+# EX-03 put to the test -------------------------------------------------------------------------------
+
+CALLERS = 50
+
+
+@workflow.defn
+class Forgetful(Account):
+    """The account without its memory of transfers."""
+
+    @workflow.init
+    def __init__(self, balance: Balance) -> None:
+        super().__init__(balance)
+
+    @workflow.run
+    async def run(self, balance: Balance) -> int:
+        return await super().run(balance)
+
+    def book(self, transfer: str, cents: int) -> int:
+        self.balance.transfers.clear()
+        return super().book(transfer, cents)
+
+
+@workflow.defn
+class Tally:
+    """Counts what it is sent. An update waits until it is released."""
+
+    def __init__(self) -> None:
+        self.total, self.released, self.closed = 0, False, False
+
+    @workflow.run
+    async def run(self) -> int:
+        await workflow.wait_condition(lambda: self.closed and workflow.all_handlers_finished())
+        return self.total
+
+    @workflow.update
+    async def add_later(self, amount: int) -> int:
+        await workflow.wait_condition(lambda: self.released)
+        self.total += amount
+        return self.total
 
     @workflow.signal
-    def end(self, how: str) -> None:
-        self.ending = how
+    def add(self, amount: int) -> None:
+        self.total += amount
+
+    @workflow.signal
+    def release(self) -> None:
+        self.released = True
+
+    @workflow.signal
+    def close(self) -> None:
+        self.closed = True
+
+
+ACCOUNTS: dict[str, Any] = {"workflows": [Account, Forgetful, Tally], "activities": [welcome]}
+
+
+async def closed(handle: WorkflowHandle[Any, Any]) -> Any:
+    await handle.signal("close")
+    return (await ended(handle)).result
 
 
 async def start_many(lab: Lab, name: str, policy: WorkflowIDConflictPolicy, callers: int) -> Counter[str]:
@@ -1068,13 +1166,7 @@ async def start_many(lab: Lab, name: str, policy: WorkflowIDConflictPolicy, call
 
     async def start() -> None:
         try:
-            handle = await lab.client.start_workflow(
-                Account.run,
-                lab.file(name),
-                id=f"{lab.id}-{name}",
-                task_queue=lab.task_queue,
-                id_conflict_policy=policy,
-            )
+            handle = await lab.start(Account.run, Balance(name), name=name, id_conflict_policy=policy)
             answers[str(handle.first_execution_run_id)] += 1
         except WorkflowAlreadyStartedError as error:
             answers[type(error).__name__] += 1
@@ -1083,21 +1175,25 @@ async def start_many(lab: Lab, name: str, policy: WorkflowIDConflictPolicy, call
     return answers
 
 
+def runs(lab: Lab, name: str) -> set[str]:
+    """The runs of an id that welcomed their owner."""
+    return {call.run for call in lab.calls(f"{lab.id}-{name}")}
+
+
 async def concurrent_starts(lab: Lab) -> Evidence:
     answers = await start_many(lab, "one", WorkflowIDConflictPolicy.FAIL, CALLERS)
     refused = answers.pop(WorkflowAlreadyStartedError.__name__, 0)
     handle = lab.client.get_workflow_handle(f"{lab.id}-one")
-    await handle.signal(Account.end, "well")
-    await handle.result()
-    ran = notes(lab.file("one"))
+    await closed(handle)
     visible = f'WorkflowId = "{handle.id}"'
     await until(lambda: listed(lab.client, visible), "visibility lists the run")
-    seen = await listed(lab.client, visible)
     return works(
         f"{CALLERS} concurrent starts of one id make one run",
-        refused == CALLERS - 1 and list(answers.values()) == [1] and ran == seen == list(answers),
-        f"{sum(answers.values())} handle, {refused} WorkflowAlreadyStartedError; "
-        f"runs that really ran (ledger): {len(ran)}; runs of this id in visibility: {len(seen)}",
+        handles=equal(sum(answers.values()), 1),
+        WorkflowAlreadyStartedError=equal(refused, CALLERS - 1),
+        runs_that_ran=equal(len(runs(lab, "one") & set(answers)), 1),
+        others_that_ran=equal(len(runs(lab, "one") - set(answers)), 0),
+        runs_in_visibility=equal(len(await listed(lab.client, visible)), 1),
     )
 
 
@@ -1110,136 +1206,213 @@ async def conflict_policies(lab: Lab) -> Evidence:
     """What the others get while a run of the id is open."""
     using = await start_many(lab, "using", WorkflowIDConflictPolicy.USE_EXISTING, 10)
     ending = await start_many(lab, "ending", WorkflowIDConflictPolicy.TERMINATE_EXISTING, 10)
-    states = Counter([name_of(await status_of(lab.client.get_workflow_handle(f"{lab.id}-ending", run_id=one)))
-                      for one in ending])  # fmt: skip
-    shared = lab.client.get_workflow_handle(f"{lab.id}-using")
-    await shared.signal(Account.end, "well")
-    await shared.result()
+    ids = [lab.client.get_workflow_handle(f"{lab.id}-ending", run_id=one) for one in ending]
+    states = Counter([name_of(await status_of(one)) for one in ids])
+    await closed(lab.client.get_workflow_handle(f"{lab.id}-using"))
     return holds(
         "conflict policies while a run is open: USE_EXISTING shares it, TERMINATE_EXISTING replaces it",
-        list(using.values()) == [10] and len(notes(lab.file("using"))) == 1
-        and len(ending) == 10 and states == {"TERMINATED": 9, "RUNNING": 1},
-        f"10 starts each: USE_EXISTING {len(using)} run; "
-        f"TERMINATE_EXISTING {len(ending)} runs, of which {dict(states)}",
-    )  # fmt: skip
+        handles_by_run_of_USE_EXISTING=equal(list(using.values()), [10]),
+        runs_that_ran=equal(len(runs(lab, "using")), 1),
+        runs_of_TERMINATE_EXISTING=equal(states, Counter(TERMINATED=9, RUNNING=1)),
+    )
 
 
 # What happens to a second start once the first run has ended so -> whether it makes a run, by policy.
 REUSE = {
-    (WorkflowIDReusePolicy.ALLOW_DUPLICATE, "well"): True,
-    (WorkflowIDReusePolicy.ALLOW_DUPLICATE, "fail"): True,
-    (WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY, "well"): False,
-    (WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY, "fail"): True,
-    (WorkflowIDReusePolicy.REJECT_DUPLICATE, "well"): False,
-    (WorkflowIDReusePolicy.REJECT_DUPLICATE, "fail"): False,
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE, "COMPLETED"): "new run",
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE, "FAILED"): "new run",
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY, "COMPLETED"): "refused",
+    (WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY, "FAILED"): "new run",
+    (WorkflowIDReusePolicy.REJECT_DUPLICATE, "COMPLETED"): "refused",
+    (WorkflowIDReusePolicy.REJECT_DUPLICATE, "FAILED"): "refused",
 }
 
 
-async def restarted(lab: Lab, policy: WorkflowIDReusePolicy, how: str) -> bool:
-    """End a run well or with a failure, then start its id again: was there a second run?"""
-    id = f"{lab.id}-{policy.name}-{how}"
-    ledger = lab.file(f"{policy.name}-{how}")
-    first = await lab.client.start_workflow(Account.run, ledger, id=id, task_queue=lab.task_queue)
-    await first.signal(Account.end, how)
-    with contextlib.suppress(WorkflowFailureError):
-        await first.result()
+async def started_again(lab: Lab, policy: WorkflowIDReusePolicy, how: str) -> str:
+    """End a run so, then start its id again: was there a second run? Accounts named after FAILED are refused."""
+    name = f"{policy.name}-{how}"
+    first = await lab.start(Account.run, Balance(how), name=name)
+    await closed(first) if how == "COMPLETED" else await ended(first)
+    was = name_of(await status_of(first))
     try:
-        second = await lab.client.start_workflow(
-            Account.run, ledger, id=id, task_queue=lab.task_queue, id_reuse_policy=policy
-        )
+        second = await lab.start(Account.run, Balance(how), name=name, id_reuse_policy=policy)
     except WorkflowAlreadyStartedError:
-        return False
-    await second.signal(Account.end, "well")
-    await second.result()
-    return len(set(notes(ledger))) == 2
+        return "refused" if was == how else was
+    await closed(second) if how == "COMPLETED" else await ended(second)
+    return "new run" if len(runs(lab, name)) == 2 and was == how else was
 
 
 async def reuse_policies(lab: Lab) -> Evidence:
-    found = dict(zip(REUSE, await asyncio.gather(*(restarted(lab, *case) for case in REUSE)), strict=True))
-    words = {True: "new run", False: "refused"}
-    told = [f"{policy.name} after it ended {how}: {words[made]}" for (policy, how), made in found.items()]
-    return holds("reuse policies after a run has ended do what they say", found == REUSE, "; ".join(told))
+    found = await asyncio.gather(*(started_again(lab, *case) for case in REUSE))
+    facts = {f"{policy.name} after {how}": case for (policy, how), case in zip(REUSE, found, strict=True)}
+    wanted = dict(zip(facts, REUSE.values(), strict=True))
+    return holds(
+        "reuse policies after a run has ended do what they say",
+        **{name: equal(case, wanted[name]) for name, case in facts.items()},
+    )
 
 
 async def one_update(lab: Lab) -> Evidence:
-    handle = await lab.client.start_workflow(
-        Account.run, lab.file("update"), id=f"{lab.id}-update", task_queue=lab.task_queue
-    )
-    answers = await asyncio.gather(
-        *(handle.execute_update(Account.deposit, 10, id="deposit-1") for _ in range(20)),
-    )
-    await handle.signal(Account.end, "well")
-    total = await handle.result()
+    """One id, sent by many at once, then again, and again when the run is closed."""
+    handle = await lab.start(Account.run, Balance("update"), name="update")
+
+    async def deposit() -> int:
+        return await handle.execute_update(Account.deposit, 10, id="transfer-1")
+
+    answers = await asyncio.gather(*(deposit() for _ in range(20)))
+    other = await handle.execute_update(Account.deposit, 5, id="transfer-2")
+    again = await deposit()
+    total = await closed(handle)
     return holds(
-        "one update id is applied once, and everyone who sent it gets the recorded answer",
-        answers == [10] * 20 and total == 10,
-        f"20 concurrent updates of 10 with one id: answers {sorted(set(answers))}, balance {total}",
+        "one update id is applied once, and everyone who sends it gets the recorded answer, also when all is over",
+        answers_to_20_at_once=equal(answers, [10] * 20),
+        answer_to_another_id=equal(other, 15),
+        sent_again=equal(again, 10),
+        balance=equal(total, 15),
+        sent_again_to_the_closed_run=equal(await deposit(), 10),
     )
+
+
+async def waiting_updates(lab: Lab) -> Evidence:
+    """A run takes ten updates at a time. Thirty callers who wait under one id, and nine others."""
+    handle = await lab.start(Tally.run, name="waiting")
+
+    async def accepted(id: str) -> WorkflowUpdateHandle[int]:
+        return await handle.start_update(
+            Tally.add_later, 1, id=id, wait_for_stage=WorkflowUpdateStage.ACCEPTED, rpc_timeout=PATIENT
+        )
+
+    same = await asyncio.gather(*(accepted("same") for _ in range(30)))
+    others = await asyncio.gather(*(accepted(f"other-{number}") for number in range(9)))
+    await handle.signal(Tally.release)
+    answers = [await one.result() for one in same]
+    return holds(
+        "callers who wait under one update id take one of the ten places that a run has for updates under way",
+        answers_to_30_under_one_id=equal(len(set(answers)), 1),
+        answers_to_9_others=equal(len({await one.result() for one in others}), 9),
+        total=equal(await closed(handle), 10),
+    )
+
+
+async def killed_update(lab: Lab, server: Server) -> Evidence:
+    """An update is accepted and waits. Worker and server are killed, and a client that knows the id asks."""
+    queue = f"{lab.id}-killed"
+    async with lab.worker_process(**ACCOUNTS, server=server, task_queue=queue) as worker:
+        handle = await server.client.start_workflow(Tally.run, id=queue, task_queue=queue)
+        await handle.start_update(
+            Tally.add_later, 10, id="transfer-1", wait_for_stage=WorkflowUpdateStage.ACCEPTED, rpc_timeout=PATIENT
+        )
+        await worker.kill()
+        server.kill()
+    await server.start()
+    async with lab.worker_process(**ACCOUNTS, server=server, task_queue=queue):
+        found: WorkflowHandle[Tally, int] = (await connect(server.target)).get_workflow_handle(queue)
+        await found.signal(Tally.release)
+        answer = await asyncio.wait_for(found.get_update_handle_for(Tally.add_later, "transfer-1").result(), bound())
+        again = await asyncio.wait_for(found.execute_update(Tally.add_later, 10, id="transfer-1"), bound())
+        total = await closed(found)
+    return holds(
+        "an update accepted before worker and server were killed is made once, and a new client gets its answer by id",
+        answer=equal(answer, 10),
+        sent_again=equal(again, 10),
+        total=equal(total, 10),
+    )
+
+
+def bound() -> float:
+    """Seconds that a call may take, so that one that hangs is an error and not a pass."""
+    return 60 * slowness()
+
+
+async def over_continue_as_new(lab: Lab, server: Server) -> list[Evidence]:
+    """The same transfer is sent again when the account goes on in its next run."""
+    found = []
+    async with lab.worker(**ACCOUNTS, server=server):
+        for account in (Account, Forgetful):
+            id = f"{lab.id}-{account.__name__}"
+            handle = await server.client.start_workflow(
+                account.__name__, Balance("next"), id=id, task_queue=lab.task_queue
+            )
+            await handle.execute_update("deposit", 10, id="transfer-1")
+            await until(lambda: goes_on(handle), "the account goes on in another run")  # noqa: B023
+            again = await handle.execute_update("deposit", 10, id="transfer-1")
+            found.append({"answer_to_the_second": again, "balance": await closed(handle)})
+    remembers, forgets = found
+    return [
+        holds(
+            "an account that takes the ids along books a transfer once, though it was sent to two runs",
+            **facts(remembers, 10),
+        ),
+        limit(
+            "an update's id is known to one run: after continue-as-new the same one is applied again",
+            **facts(forgets, 20),
+        ),
+    ]
+
+
+def facts(found: Mapping[str, int], expected: int) -> dict[str, Any]:
+    return {name: equal(value, expected) for name, value in found.items()}
+
+
+async def goes_on(handle: WorkflowHandle[Any, Any]) -> bool:
+    return (await handle.describe()).run_id != handle.first_execution_run_id
 
 
 async def one_request(lab: Lab) -> Evidence:
     """Below the client, the server's API deduplicates signals by request id."""
-    handle = await lab.client.start_workflow(
-        Account.run, lab.file("request"), id=f"{lab.id}-request", task_queue=lab.task_queue
-    )
+    handle = await lab.start(Tally.run, name="request")
     request = SignalWorkflowExecutionRequest(
         namespace=lab.client.namespace,
         workflow_execution=WorkflowExecution(workflow_id=handle.id),
-        signal_name="send",
-        request_id="deposit-1",
+        signal_name="add",
+        request_id="transfer-1",
     )
     request.input.payloads.extend(await lab.client.data_converter.encode([10]))
     for _ in range(2):
         await lab.client.workflow_service.signal_workflow_execution(request)
-    await handle.signal(Account.end, "well")
-    total = await handle.result()
     return holds(
         "a signal sent twice with one request id (raw gRPC) is applied once",
-        total == 10,
-        f"2 signals of 10 with one request_id: balance {total}",
+        request_ids_of_2_signals=len({request.request_id}),
+        total=equal(await closed(handle), 10),
     )
 
 
 async def equal_signals(lab: Lab) -> Evidence:
-    handle = await lab.client.start_workflow(
-        Account.run, lab.file("signals"), id=f"{lab.id}-signals", task_queue=lab.task_queue
-    )
+    handle = await lab.start(Tally.run, name="signals")
     for _ in range(2):
-        await handle.signal(Account.send, 10)
-    await handle.signal(Account.end, "well")
-    total = await handle.result()
+        await handle.signal(Tally.add, 10)
     offered = [name for name in inspect.signature(WorkflowHandle.signal).parameters if name.endswith("id")]
     return limit(
         "a signal sent twice is applied twice: the client offers no id for it (an update does)",
-        total == 20 and not offered,
-        f"2 equal signals of 10: balance {total}; id parameters of WorkflowHandle.signal: {offered or 'none'}",
+        total_of_2_signals_of_10=equal(await closed(handle), 20),
+        id_parameters_of_WorkflowHandle_signal=equal(offered, []),
     )
 
 
 async def distinct_ids(lab: Lab) -> Evidence:
-    ledger = lab.file("distinct")
-    handles = await asyncio.gather(
-        *(
-            lab.client.start_workflow(Account.run, ledger, id=f"{lab.id}-distinct-{n}", task_queue=lab.task_queue)
-            for n in range(CALLERS)
-        )
-    )
-    await until(lambda: len(set(notes(ledger))) >= CALLERS, f"{CALLERS} runs have begun")
-    await asyncio.gather(*(handle.signal(Account.end, "well") for handle in handles))
+    names = [f"distinct-{number}" for number in range(CALLERS)]
+    handles = await asyncio.gather(*(lab.start(Account.run, Balance(name), name=name) for name in names))
+    await asyncio.gather(*(closed(handle) for handle in handles))
     return control(
         f"{CALLERS} starts with ids of their own make {CALLERS} runs",
-        len(set(notes(ledger))) == CALLERS,
-        f"runs that really ran (ledger): {len(set(notes(ledger)))}",
+        runs_that_ran=equal(len(set().union(*(runs(lab, name) for name in names))), CALLERS),
     )
+
+
+async def on_a_private_server(lab: Lab) -> list[Evidence]:
+    """What kills the server, and what needs it to suggest continue-as-new after ten events."""
+    async with lab.private_server(file=True, settings={"limit.historyCount.suggestContinueAsNew": "10"}) as server:
+        return [*await over_continue_as_new(lab, server), await killed_update(lab, server)]
 
 
 @EX.item("EX-03", "Idempotency and deduplication", fail_closed=True)
 async def deduplication(lab: Lab) -> AsyncIterator[Evidence]:
-    """Many callers start, update and signal at once; the runs report themselves to a ledger."""
+    """Many callers start, update and signal at once and again; a ledger tells which runs really ran."""
     parts = (
-        concurrent_starts, distinct_ids, conflict_policies, reuse_policies, one_update, one_request, equal_signals,
+        concurrent_starts, distinct_ids, conflict_policies, reuse_policies, one_update, waiting_updates, one_request,
+        equal_signals, on_a_private_server,
     )  # fmt: skip
-    async with lab.worker([Account], [report_run]):
+    async with lab.worker(**ACCOUNTS, faults=[refuse("welcome", owner="FAILED")]):
         async for evidence in side_by_side(*(part(lab) for part in parts)):
             yield evidence
     yield native(
@@ -1250,7 +1423,9 @@ async def deduplication(lab: Lab) -> AsyncIterator[Evidence]:
         WorkflowIDReusePolicy,
         WorkflowHandle.signal,
         (WorkflowHandle.execute_update, "id"),
-        adds=["a signal's request id, by raw gRPC"],
+        WorkflowHandle.get_update_handle_for,
+        workflow.current_update_info,
+        adds=["a signal's request id, by raw gRPC", "a memory of update ids over continue-as-new"],
     )
 
 
