@@ -20,6 +20,7 @@ from common import (
     holds,
     limit,
     native,
+    not_run,
     side_by_side,
     slowness,
     works,
@@ -59,6 +60,7 @@ import inspect
 import json
 import os
 import random
+import resource
 import secrets
 import signal
 import socket
@@ -1430,90 +1432,189 @@ async def deduplication(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # EX-04 State persistence -----------------------------------------------------------------------------
-# State is not saved, it is derived: variables come back because the history does.
+# State is not saved, it is derived: a workflow's variables come back because its history does. Nothing here
+# writes or loads anything.
+
+
+@dataclass
+class Round:
+    read: int = 0
+    total: int = 0
+    remarks: list[str] = field(default_factory=list)
 
 
 @activity.defn
-async def measure(number: int) -> int:
+async def read_meter(number: int) -> int:
     return number * number
 
 
 @workflow.defn
-class Counting:
-    """Sums a hundred activity results, and is told labels; then waits, so that its state can be read."""
-
+class MeterReading:
     def __init__(self) -> None:
-        self.done = 0
-        self.total = 0
-        self.labels: list[str] = []
+        self.round = Round()
+        self.closed = False
 
     @workflow.run
-    async def run(self, steps: int) -> None:
-        for number in range(1, steps + 1):
-            self.total += await workflow.execute_activity(measure, number, start_to_close_timeout=PATIENT)
-            self.done = number
-        await workflow.wait_condition(lambda: "end" in self.labels)
+    async def run(self, meters: int) -> Round:
+        for number in range(1, meters + 1):
+            self.round.total += await workflow.execute_activity(
+                read_meter, number, start_to_close_timeout=timedelta(seconds=30)
+            )
+            self.round.read = number
+        await workflow.wait_condition(lambda: self.closed)
+        return self.round
 
     @workflow.signal
-    def label(self, text: str) -> None:
-        self.labels.append(text)
+    def remark(self, text: str) -> None:
+        self.round.remarks.append(text)
+
+    @workflow.signal
+    def close(self) -> None:
+        self.closed = True
 
     @workflow.query
-    def state(self) -> dict[str, Any]:
-        return {"done": self.done, "total": self.total, "labels": self.labels}
+    def state(self) -> Round:
+        return self.round
 
 
-MEASURES = 100
+def meter_worker(client: Client) -> Worker:
+    return Worker(client, task_queue="meters", workflows=[MeterReading], activities=[read_meter])
 
 
-async def history_by_cli(lab: Lab, handle: WorkflowHandle[Any, Any], server: Server) -> list[dict[str, Any]]:
-    """The same events as the `temporal` command line reads them."""
-    shown = await lab.cli("workflow", "show", "--workflow-id", handle.id, "--output", "json", server=server)
-    events: list[dict[str, Any]] = json.loads(shown.out)["events"]
-    return events
+async def example_ex_04(client: Client) -> None:
+    handle = await client.start_workflow(MeterReading.run, 10, id=f"meters-{uuid.uuid4()}", task_queue="meters")
+    await handle.signal(MeterReading.remark, "dog in the yard")
+    for _ in range(2):
+        async with meter_worker(client):
+            while (state := await handle.query(MeterReading.state)).read < 10:
+                await asyncio.sleep(0.1)
+            print(f"{state}, from a worker that has never seen the others")
+    async with meter_worker(client):
+        await handle.signal(MeterReading.close)
+        print(await handle.result())
+
+
+# EX-04 put to the test -------------------------------------------------------------------------------
+
+METERS = 100
+METERING: dict[str, Any] = {"workflows": [MeterReading], "activities": [read_meter]}
+READ = Round(METERS, sum(number * number for number in range(1, METERS + 1)), ["first"])
+
+
+async def has_read(handle: WorkflowHandle[MeterReading, Round]) -> bool:
+    return (await handle.query(MeterReading.state)).read == METERS
+
+
+async def kill_both(lab: Lab) -> list[Evidence]:
+    """A workflow's variables are read before and after its worker and its server were killed."""
+    id = f"{lab.id}-both"
+    async with lab.private_server(file=True) as server:
+        handle = await server.client.start_workflow(MeterReading.run, METERS, id=id, task_queue=lab.task_queue)
+        async with lab.worker_process(**METERING, server=server) as worker:
+            await handle.signal(MeterReading.remark, "first")
+            await until(lambda: has_read(handle), f"{METERS} meters are read", every=0.25)
+            before, then = await handle.query(MeterReading.state), await history_of(handle)
+            await worker.kill()
+            server.kill()
+        await server.start()
+        async with lab.worker_process(**METERING, server=server) as successor:
+            after, history = await handle.query(MeterReading.state), await history_of(handle)
+            shown = await lab.cli("workflow", "show", "--workflow-id", id, "--output", "json", server=server)
+            size = (await handle.describe()).raw_description.workflow_execution_info.history_size_bytes
+    by_cli = json.loads(shown.out)["events"]
+    return [
+        works(
+            "state read by query is the same after worker and server were killed",
+            before=equal(before, READ),
+            after=equal(after, READ),
+            answered_by_the_same_process=equal(successor.pid == worker.pid, False),
+            readings_made=equal(len(lab.calls(id)), METERS),
+        ),
+        holds(
+            "the history is whole: event ids run from 1 without a gap, and nothing in it changed",
+            event_ids=equal([int(one["eventId"]) for one in history] == list(range(1, len(history) + 1)), True),
+            events=at_least(len(history), 6 * METERS),
+            changed_since_before_the_kill=equal([one["eventId"] for one in then if one not in history], []),
+            size_of_the_history=figure(size / 1000, "kB"),
+        ),
+        holds(
+            "a second reader, the command line written in Go, sees the same events, field by field",
+            events_by_the_command_line=equal(len(by_cli), len(history)),
+            differing=equal([a["eventId"] for a, b in zip(history, by_cli, strict=False) if a != b], []),
+        ),
+    ]
+
+
+async def in_memory(lab: Lab) -> Evidence:
+    async with lab.private_server() as server:
+        handle = await server.client.start_workflow(MeterReading.run, 1, id=lab.id, task_queue=lab.task_queue)
+        there = name_of(await status_of(handle))
+        server.kill()
+        await server.start()
+        gone = name_of(await refusal(handle))
+    return control(
+        "a server that keeps its state in memory has forgotten the run",
+        before_the_kill=equal(there, "RUNNING"),
+        after_the_restart=equal(gone, "NOT_FOUND"),
+    )
+
+
+FULL = (
+    "when the server's disk is full, what was acknowledged is kept, what is refused is said, and with room it goes on"
+)
+
+
+async def full_disk(lab: Lab) -> Evidence:
+    """The server's file may not grow any more: the limit on the size of its files stands for a full disk."""
+    if not hasattr(resource, "prlimit"):
+        return not_run("holds", FULL, "only Linux limits the files of a process that runs")
+    async with lab.private_server(file=True) as server, lab.worker(**METERING, server=server):
+        handle = await server.client.start_workflow(MeterReading.run, 1, id=f"{lab.id}-full", task_queue=lab.task_queue)
+        await handle.query(MeterReading.state)
+        limits = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+        room = os.path.getsize(str(server.file)) + 50_000
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (room, limits[1]))
+        kept: list[str] = []
+        refused: list[RPCError] = []
+        while len(refused) < 3 and len(kept) < 1000:
+            remark = f"{len(kept) + len(refused)} {'x' * 2000}"
+            try:
+                await remark_once(server.client, handle.id, remark)
+                kept.append(remark)
+            except RPCError as error:
+                refused.append(error)
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, limits)
+        after = "with room again"
+        await asyncio.wait_for(handle.signal(MeterReading.remark, after), bound())
+        server.kill()
+        await server.start()
+        found = (await handle.query(MeterReading.state)).remarks
+    return holds(
+        FULL,
+        acknowledged=at_least(len(kept), 1),
+        refused=equal(len(refused), 3),
+        refused_with=sorted({f"{name_of(error.status)}: {error.message}" for error in refused}),
+        acknowledged_and_lost=equal(len([one for one in kept if found.count(one) != 1]), 0),
+        in_order=equal([one for one in found if one in kept] == kept, True),
+        last=equal(found[-1], after),
+        refused_and_kept=len(found) - len(kept) - 1,
+    )
+
+
+async def remark_once(client: Client, id: str, text: str) -> None:
+    """A signal that is sent only once: the client would try again for a while."""
+    request = SignalWorkflowExecutionRequest(
+        namespace=client.namespace, workflow_execution=WorkflowExecution(workflow_id=id), signal_name="remark"
+    )
+    request.input.payloads.extend(await client.data_converter.encode([text]))
+    await client.workflow_service.signal_workflow_execution(request, timeout=timedelta(seconds=10 * slowness()))
 
 
 @EX.item("EX-04", "State persistence")
 async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
-    """A workflow's variables are read by query before and after its worker and its server were killed."""
-    async with lab.private_server(file=True) as server:
-        async with lab.worker_process([Counting], [measure], server=server) as worker:
-            handle = await server.client.start_workflow(
-                Counting.run, MEASURES, id=f"{lab.id}-counting", task_queue=lab.task_queue
-            )
-            await handle.signal(Counting.label, "first")
-            await until(lambda: counted(handle), f"{MEASURES} steps are counted", every=0.25)
-            before = await handle.query(Counting.state)
-            history_before = await history_of(handle)
-            await worker.kill()
-            server.kill()
-        await server.start()
-        async with lab.worker_process([Counting], [measure], server=server) as successor:
-            after = await handle.query(Counting.state)
-            history, by_cli = await history_of(handle), await history_by_cli(lab, handle, server)
-            size = (await handle.describe()).raw_description.workflow_execution_info.history_size_bytes
-            processes = f"worker {worker.pid} replaced by {successor.pid}"
-    expected = {"done": MEASURES, "total": sum(n * n for n in range(1, MEASURES + 1)), "labels": ["first"]}
-    yield works(
-        "state read by query is the same after worker and server were killed",
-        before == after == expected,
-        f"before {before}, after {after}; {processes}",
-    )
-    ids = [int(event["eventId"]) for event in history]
-    yield holds(
-        "the history is whole: event ids run from 1 without a gap, and nothing in it changed",
-        ids == list(range(1, len(ids) + 1))
-        and history[: len(history_before)] == history_before
-        and len(ids) > MEASURES,
-        f"event ids {ids[0]} to {ids[-1]}, {len(ids)} events; the {len(history_before)} from before the kill are equal",
-    )
-    yield holds(
-        "a second reader, the command line written in Go, sees the same events",
-        [(e["eventId"], e["eventType"], e["eventTime"]) for e in by_cli]
-        == [(e["eventId"], e["eventType"], e["eventTime"]) for e in history],
-        f"{len(by_cli)} events by the command line, {len(history)} by the Python client; "
-        f"history of {MEASURES} steps: {size / 1000:.1f} kB",
-    )
+    """State and history are read again after worker and server were killed, and after the disk was full."""
+    async for evidence in side_by_side(kill_both(lab), in_memory(lab), full_disk(lab)):
+        yield evidence
     yield native(
         "variables are plain attributes, read by a query",
         workflow.query,
@@ -1522,27 +1623,54 @@ async def state_persistence(lab: Lab) -> AsyncIterator[Evidence]:
         "temporal workflow show",
         "temporal server start-dev --db-filename",
     )
-    async with lab.private_server() as server:
-        forgotten = await server.client.start_workflow(Counting.run, 1, id=f"{lab.id}-f", task_queue=lab.task_queue)
-        there = await status_of(forgotten)
-        server.kill()
-        await server.start()
-        gone = await refusal(forgotten)
-    yield control(
-        "a server that keeps its state in memory has forgotten the run",
-        there == WorkflowExecutionStatus.RUNNING and gone == RPCStatusCode.NOT_FOUND,
-        f"before SIGKILL: {name_of(there)}; after the restart: {name_of(gone)}",
-    )
-
-
-async def counted(handle: WorkflowHandle[Any, Any]) -> bool:
-    state: dict[str, Any] = await handle.query(Counting.state)
-    return bool(state["done"] == MEASURES)
 
 
 # EX-05 Determinism constraints -----------------------------------------------------------------------
-# Replay only works if the code decides the same again. The SDK offers clock, randomness and ids that do,
-# and a sandbox that refuses the ones that do not.
+# Replay only works if the code decides the same again. The SDK has a clock, randomness and ids that do, and a
+# sandbox that refuses those that do not.
+
+
+@dataclass
+class Draw:
+    id: str
+    at: datetime
+    winner: str
+    lot: int
+
+
+@workflow.defn
+class Raffle:
+    def __init__(self) -> None:
+        self.drawn: Draw | None = None
+
+    @workflow.run
+    async def run(self, entrants: list[str]) -> Draw:
+        once_each = sorted(set(entrants))  # the order of a set differs from process to process, and nobody refuses it
+        self.drawn = Draw(
+            id=str(workflow.uuid4()),
+            at=workflow.now(),
+            winner=workflow.random().choice(once_each),
+            lot=workflow.random().randrange(10**9),
+        )
+        await workflow.sleep(timedelta(seconds=1))
+        return self.drawn
+
+    @workflow.query
+    def draw(self) -> Draw | None:
+        return self.drawn
+
+
+async def example_ex_05(client: Client) -> None:
+    id = f"raffle-{uuid.uuid4()}"
+    async with Worker(client, task_queue="raffle", workflows=[Raffle]):
+        draw = await client.execute_workflow(Raffle.run, ["Ann", "Bob", "Ann", "Eve"], id=id, task_queue="raffle")
+    print(f"Drawn:    {draw}")
+    async with Worker(client, task_queue="raffle", workflows=[Raffle]):
+        # This worker has never seen the run: it replays the code to answer.
+        print(f"Replayed: {await client.get_workflow_handle(id).query(Raffle.draw)}")
+
+
+# EX-05 put to the test -------------------------------------------------------------------------------
 
 NONDETERMINISTIC: dict[str, Callable[[], object]] = {
     "datetime.now()": lambda: datetime.now(),
@@ -1618,82 +1746,110 @@ class Busy:
 
 
 @workflow.defn
-class Values:
-    """Decides with the SDK's own sources, and notes them, so that every replay can be compared.
+class Holes:
+    """What the sandbox does not refuse: an unseeded Random, the order of a set, hash() and id()."""
 
-    The holes: an unseeded Random, the order of a set, hash() and id() are not refused by the sandbox.
-    """
+    def __init__(self) -> None:
+        self.values = {
+            "random.Random()": str(random.Random().random()),
+            "set order": str(list({f"element {n}" for n in range(20)})),
+            "hash(str)": str(hash("temporal")),
+            "id(object)": str(id(self)),
+        }
 
     @workflow.run
-    async def run(self, ledger: str) -> None:
-        safe = [workflow.now().isoformat(), workflow.random().random(), str(workflow.uuid4())]
-        holes = {
-            "random.Random()": random.Random().random(),
-            "set order": list({f"element {n}" for n in range(20)}),
-            "hash(str)": hash("temporal"),
-            "id(object)": id(self),
-        }
-        note(ledger, json.dumps([safe, holes]))
+    async def run(self) -> None:
         await workflow.wait_condition(lambda: False)
 
     @workflow.query
-    def awake(self) -> bool:
-        return True
+    def read(self) -> dict[str, str]:
+        return self.values
 
 
-async def values_in_two_processes(lab: Lab, name: str) -> tuple[list[Any], list[Any]]:
-    """What a run's code computed at first, and when it was replayed by another interpreter."""
-    ledger, queue = lab.file(name), f"{lab.id}-{name}"
-    handle = await lab.client.start_workflow(Values.run, ledger, id=queue, task_queue=queue)
+async def asked(handle: WorkflowHandle[Any, Any], query: str) -> Any:
+    """A query's answer once a worker is there; without one the server gives up after a while."""
+    answers: list[Any] = []
+
+    async def answer() -> bool:
+        with contextlib.suppress(RPCError):
+            answers.append(await handle.query(query, rpc_timeout=timedelta(seconds=5)))
+        return bool(answers)
+
+    await until(answer, f"{handle.id} answers {query}")
+    return answers[0]
+
+
+async def two_interpreters(lab: Lab) -> list[Evidence]:
+    """What the code of a run computed at first, and when another interpreter replayed it."""
+    queue = f"{lab.id}-two"
+    raffles = [
+        await lab.start(Raffle.run, ["Ann", "Bob", "Eve"], name=name, task_queue=queue) for name in ("one", "other")
+    ]
+    holes = await lab.start(Holes.run, name="holes", task_queue=queue)
+    seen = []
     for fresh in (False, True):
-        async with lab.worker_process([Values], task_queue=queue, fresh=fresh):
-            await until(lambda: answers(handle), "the workflow answers a query", 30)
-    first, *_, last = [json.loads(line) for line in notes(ledger)]
-    return first, last
-
-
-async def answers(handle: WorkflowHandle[Any, Any]) -> bool:
-    """Whether a worker answers queries; without one the server gives up after a while."""
-    try:
-        awake: bool = await handle.query(Values.awake, rpc_timeout=timedelta(seconds=5))
-    except RPCError:
-        return False
-    return awake
+        async with lab.worker_process([Raffle, Holes], task_queue=queue, fresh=fresh):
+            seen.append([await asked(raffles[0], "draw"), await asked(raffles[1], "draw"), await asked(holes, "read")])
+    (first, other, odd), (again, other_again, odd_again) = seen
+    differing = [name for name in odd if odd[name] != odd_again[name]]
+    return [
+        works(
+            "workflow.now, random and uuid4 give a replay in another process the values of the first run, "
+            "and another run values of its own",
+            first=first,
+            other_than_that_in_the_replay=equal([name for name in first if again[name] != first[name]], []),
+            other_in_the_replay_of_another_run=equal([name for name in other if other_again[name] != other[name]], []),
+            shared_by_the_two_runs=equal([name for name in ("id", "at", "lot") if first[name] == other[name]], []),
+        ),
+        limit(
+            "the sandbox has holes: some sources of nondeterminism pass it and differ on replay",
+            that_differ=at_least(len(differing), 1),
+            they_are=differing,
+        ),
+    ]
 
 
 async def deadlock(lab: Lab) -> Evidence:
     queue = f"{lab.id}-busy"
-    handle = await lab.client.start_workflow(Busy.run, id=queue, task_queue=queue)
+    handle = await lab.start(Busy.run, name="busy", task_queue=queue)
     async with lab.worker_process([Busy], task_queue=queue):
         await until(lambda: failed_tasks(handle), "the workflow task failed")
-    message = (await failed_tasks(handle))[0]
+    message, status = (await failed_tasks(handle))[0], name_of(await status_of(handle))
     await handle.terminate()
-    return holds("a workflow that never yields is caught", "TMPRL1101" in message, f"workflow task failed: {message}")
+    return holds(
+        "a workflow that never yields is caught",
+        workflow_task_failed=contains(message, "TMPRL1101"),
+        status=equal(status, "RUNNING"),
+    )
+
+
+async def forbidden(lab: Lab) -> list[Evidence]:
+    """Every nondeterministic call, with the sandbox and without."""
+    async with lab.worker([Forbidden, Unsandboxed]):
+        refused, ran = [
+            (await ended(await lab.start(one.run, name=one.__name__))).result for one in (Forbidden, Unsandboxed)
+        ]
+    blocked = [name for name, outcome in refused.items() if outcome.startswith("refused")]
+    return [
+        holds(
+            f"the sandbox refuses each of {len(NONDETERMINISTIC)} nondeterministic calls",
+            refused_with_RestrictedWorkflowAccessError=blocked,
+            how_many=at_least(len(blocked), 25),
+            not_refused=equal([name for name in NONDETERMINISTIC if name not in blocked], []),
+        ),
+        control(
+            "without the sandbox the same calls pass",
+            how_many=equal(len(ran), len(NONDETERMINISTIC)),
+            that_did_not_run=equal([name for name, outcome in ran.items() if not outcome.startswith("ran")], []),
+        ),
+    ]
 
 
 @EX.item("EX-05", "Determinism constraints")
 async def determinism(lab: Lab) -> AsyncIterator[Evidence]:
-    """A run's values are compared between two interpreters; then every nondeterministic call is tried."""
-    replayed = asyncio.gather(*(values_in_two_processes(lab, name) for name in ("values", "others")))
-    async with lab.worker([Forbidden, Unsandboxed]):
-        refused, ran, another = await asyncio.gather(
-            lab.client.execute_workflow(Forbidden.run, id=f"{lab.id}-forbidden", task_queue=lab.task_queue),
-            lab.client.execute_workflow(Unsandboxed.run, id=f"{lab.id}-unsandboxed", task_queue=lab.task_queue),
-            deadlock(lab),
-        )
-    blocked = [name for name, outcome in refused.items() if outcome.startswith("refused")]
-    yield holds(
-        f"the sandbox refuses each of {len(NONDETERMINISTIC)} nondeterministic calls",
-        len(blocked) == len(NONDETERMINISTIC) >= 25,
-        f"refused with RestrictedWorkflowAccessError: {', '.join(blocked)}; "
-        f"not refused: {', '.join(name for name in refused if name not in blocked) or 'none'}",
-    )
-    yield another
-    yield control(
-        "without the sandbox the same calls pass",
-        all(outcome.startswith("ran") for outcome in ran.values()) and len(ran) == len(NONDETERMINISTIC),
-        f"{sum(outcome.startswith('ran') for outcome in ran.values())} of {len(ran)} ran with sandboxed=False",
-    )
+    """A run's values are compared between two interpreters, and every nondeterministic call is tried."""
+    async for evidence in side_by_side(two_interpreters(lab), deadlock(lab), forbidden(lab)):
+        yield evidence
     default = inspect.signature(Worker).parameters["workflow_runner"].default
     yield native(
         "the sandbox is on by default, and clock, randomness and ids come with the SDK",
@@ -1704,19 +1860,6 @@ async def determinism(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.random,
         workflow.uuid4,
         adds=[] if isinstance(default, SandboxedWorkflowRunner) else [f"default runner {default!r}"],
-    )
-    ((safe, holes), (safe_again, holes_again)), ((others, _), _) = await replayed
-    yield works(
-        "workflow.now, random and uuid4 give a replay in another process the values of the first run, "
-        "and another run values of its own",
-        safe == safe_again and all(one != other for one, other in zip(safe, others, strict=True)),
-        f"first: {safe}; replayed: {safe_again}; another run: {others}",
-    )
-    differ = [name for name in holes if holes[name] != holes_again[name]]
-    yield limit(
-        "the sandbox has holes: some sources of nondeterminism pass it and differ on replay",
-        bool(differ),
-        f"allowed, and different in the second process: {', '.join(differ) or 'none'}",
     )
 
 
@@ -1729,6 +1872,11 @@ async def determinism(lab: Lab) -> AsyncIterator[Evidence]:
 class Task:
     name: str
     ledger: str
+
+
+@activity.defn
+async def measure(number: int) -> int:
+    return number * number
 
 
 @activity.defn
