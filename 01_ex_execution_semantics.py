@@ -11,7 +11,6 @@ from common import (
     Evidence,
     at_least,
     at_most,
-    causes,
     connect,
     contains,
     control,
@@ -81,11 +80,10 @@ from typing import Any, Protocol
 from temporalio import activity, workflow
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType, TimeoutType
+from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflowservice.v1 import SignalWorkflowExecutionRequest
 from temporalio.client import (
     Client,
-    WorkflowExecutionStatus,
-    WorkflowFailureError,
     WorkflowHandle,
     WorkflowHistory,
     WorkflowUpdateHandle,
@@ -1864,8 +1862,287 @@ async def determinism(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # EX-06 Handling of violations ------------------------------------------------------------------------
-# Code that no longer fits the history stops the workflow, it does not corrupt it: put the old code back
-# and the run goes on.
+# Code that no longer fits the history stops the workflow, it does not corrupt it: put the old code back and the
+# run goes on. A query finds the runs that wait for that.
+
+
+@activity.defn
+async def pay(order: str) -> str:
+    return f"{order} paid"
+
+
+@activity.defn
+async def reserve(order: str) -> str:
+    return f"{order} reserved"
+
+
+@activity.defn
+async def ship(order: str) -> str:
+    return f"{order} shipped"
+
+
+async def do(step: Callable[[str], Awaitable[str]], order: str) -> str:
+    return await workflow.execute_activity(step, order, start_to_close_timeout=timedelta(seconds=30))
+
+
+class Approvable:
+    """What the versions of the order below have in common: they wait for an approval."""
+
+    def __init__(self) -> None:
+        self.approved = False
+
+    @workflow.signal
+    def approve(self) -> None:
+        self.approved = True
+
+
+@workflow.defn(name="Order")
+class Order(Approvable):
+    @workflow.run
+    async def run(self, order: str) -> list[str]:
+        done = [await do(pay, order)]
+        await workflow.wait_condition(lambda: self.approved)
+        return [*done, await do(ship, order)]
+
+
+@workflow.defn(name="Order")
+class OrderChanged(Approvable):
+    """A mistake: orders that have paid already were begun without the new step."""
+
+    @workflow.run
+    async def run(self, order: str) -> list[str]:
+        done = [await do(reserve, order), await do(pay, order)]
+        await workflow.wait_condition(lambda: self.approved)
+        return [*done, await do(ship, order)]
+
+
+STUCK = 'TemporalReportedProblems = "cause=WorkflowTaskFailedCauseNonDeterministicError"'
+
+
+async def stuck_runs(client: Client) -> list[str]:
+    """The ids of the runs whose code does not fit, a few failures after it was deployed."""
+    return [run.id async for run in client.list_workflows(STUCK)]
+
+
+def order_worker(client: Client, version: type) -> Worker:
+    return Worker(client, task_queue="orders", workflows=[version], activities=[pay, reserve, ship])
+
+
+async def first_event(handle: WorkflowHandle[Any, Any], kind: int) -> HistoryEvent:
+    """Follow a run's history until it holds an event of this type."""
+    async for event in handle.fetch_history_events(wait_new_event=True):
+        if event.event_type == kind:
+            return event
+    raise RuntimeError(f"{handle.id} ended without it")
+
+
+async def example_ex_06(client: Client) -> None:
+    order = f"order-{uuid.uuid4()}"
+    handle = await client.start_workflow(Order.run, order, id=order, task_queue="orders")
+    async with order_worker(client, Order):
+        await first_event(handle, EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED)
+    await handle.signal(Order.approve)
+    async with order_worker(client, OrderChanged):
+        event = await first_event(handle, EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
+        print(f"Under the changed code: {event.workflow_task_failed_event_attributes.failure.message}")
+    async with order_worker(client, Order):
+        print(f"Rolled back: {await handle.result()}")
+
+
+# EX-06 put to the test -------------------------------------------------------------------------------
+
+ORDER_STEPS = [pay, reserve, ship]
+
+
+@workflow.defn(name="Order")
+class OrderChangedBehind(Approvable):
+    """A step is inserted behind everything that the history holds so far."""
+
+    @workflow.run
+    async def run(self, order: str) -> list[str]:
+        done = [await do(pay, order)]
+        await workflow.wait_condition(lambda: self.approved)
+        return [*done, await do(reserve, order), await do(ship, order)]
+
+
+def retried_after() -> timedelta:
+    """A failed workflow task is tried again after the task timeout: 10 s by default, less here to save time."""
+    return timedelta(seconds=min(10, 5 * slowness()))
+
+
+@dataclass
+class Paid:
+    """A run of Order that was begun with the old code, and what its history was then."""
+
+    handle: WorkflowHandle[Any, Any]
+    history: Sequence[HistoryEvent]
+
+    def worker(self, lab: Lab, version: type, **options: Any) -> Worker:
+        """Whoever comes next, with this version of the code."""
+        return lab.worker([version], ORDER_STEPS, task_queue=self.handle.id, **options)
+
+    def steps(self, lab: Lab) -> list[str]:
+        return names(lab.calls(self.handle.id))
+
+
+async def begin_order(lab: Lab, name: str, server: Server | None = None) -> Paid:
+    """Start Order, let it pay, and stop its worker: whoever comes next must replay it."""
+    id, client = f"{lab.id}-{name}", server.client if server else lab.client
+    handle = await client.start_workflow(Order.run, "order", id=id, task_queue=id, task_timeout=retried_after())
+    async with lab.worker([Order], ORDER_STEPS, server=server, task_queue=id):
+        await until(lambda: settled(handle, 1), "the order is paid and waits")
+    return Paid(handle, (await handle.fetch_history()).events)
+
+
+OLD_RESULT = ["order paid", "order shipped"]
+
+
+async def break_and_roll_back(lab: Lab) -> list[Evidence]:
+    order = await begin_order(lab, "broken")
+    await order.handle.signal(Order.approve)
+    async with order.worker(lab, OrderChanged):
+        await until(lambda: failed_tasks(order.handle), "the workflow task failed")
+        message = (await failed_tasks(order.handle))[0]
+        status, history = name_of(await status_of(order.handle)), (await order.handle.fetch_history()).events
+        ran = order.steps(lab)
+    begun = time.monotonic()
+    async with order.worker(lab, Order):
+        how = await ended(order.handle)
+    return [
+        works(
+            "changed code under a running workflow: NondeterminismError, the run stays open and its history whole",
+            workflow_task_failed=contains(message, "TMPRL1100", "Nondeterminism"),
+            status=equal(status, "RUNNING"),
+            events_before=len(order.history),
+            changed_events=equal([one.event_id for one in order.history if one not in history], []),
+            activities_run=equal(ran, ["pay"]),
+        ),
+        holds(
+            "after a rollback to the old code the same run finishes with the right result",
+            result=equal(how.result, OLD_RESULT),
+            activities_run=equal(order.steps(lab), ["pay", "ship"]),
+            from_the_rollback_to_the_end=figure(time.monotonic() - begun, "s"),
+            workflow_task_timeout=f"{retried_after().total_seconds():g} s instead of 10 s",
+        ),
+    ]
+
+
+async def fail_at_once(lab: Lab) -> Evidence:
+    order = await begin_order(lab, "failed")
+    await order.handle.signal(Order.approve)
+    async with order.worker(lab, OrderChanged, workflow_failure_exception_types=[workflow.NondeterminismError]):
+        how = await ended(order.handle)
+    return holds(
+        "workflow_failure_exception_types=[NondeterminismError] makes the run fail instead of waiting",
+        status=equal(how.status, "FAILED"),
+        why=contains(how.why, "TMPRL1100"),
+        activities_run=equal(order.steps(lab), ["pay"]),
+    )
+
+
+async def reported_problem(lab: Lab) -> Evidence:
+    """How an operator finds such runs. The threshold is the server's; lowered here, to see it in seconds."""
+    threshold = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}
+    async with lab.private_server(settings=threshold) as server:
+        healthy, broken = await begin_order(lab, "healthy", server), await begin_order(lab, "stuck", server)
+        async with healthy.worker(lab, Order, server=server), broken.worker(lab, OrderChanged, server=server):
+            await healthy.handle.query("__stack_trace")  # it is replayed for that, and fits
+            await broken.handle.signal(Order.approve)
+            seconds = await until(lambda: stuck_runs(server.client), "a run is listed", every=0.25)
+            found = await stuck_runs(server.client)
+            open_runs = [run.id async for run in server.client.list_workflows('ExecutionStatus = "Running"')]
+        failed = await failed_tasks(healthy.handle)
+    name = len(lab.id) + 1
+    return holds(
+        "visibility lists the run as a reported problem, and not a healthy one beside it",
+        open_runs=equal(sorted(id[name:] for id in open_runs), ["healthy", "stuck"]),
+        reported=equal([id[name:] for id in found], ["stuck"]),
+        failed_tasks_of_the_healthy_one=equal(len(failed), 0),
+        listed_after=figure(seconds, "s"),
+        threshold="2 failures instead of the server's own",
+    )
+
+
+async def continued(lab: Lab, name: str, version: type) -> tuple[Ending, list[str], list[str]]:
+    """Continue a paid order with this version. Returns how it ended, its steps, and its failed workflow tasks."""
+    order = await begin_order(lab, name)
+    await order.handle.signal(Order.approve)
+    async with order.worker(lab, version):
+        how = await ended(order.handle)
+    return how, order.steps(lab), await failed_tasks(order.handle)
+
+
+async def unchanged_code(lab: Lab) -> Evidence:
+    how, steps, failed = await continued(lab, "unchanged", Order)
+    return holds(
+        "the same restart with unchanged code finishes without an error: it is not accused",
+        result=equal(how.result, OLD_RESULT),
+        activities_run=equal(steps, ["pay", "ship"]),
+        failed_workflow_tasks=equal(len(failed), 0),
+    )
+
+
+async def inserted_behind(lab: Lab) -> Evidence:
+    how, steps, failed = await continued(lab, "behind", OrderChangedBehind)
+    return limit(
+        "a step inserted behind the last recorded command is taken silently",
+        status=equal(how.status, "COMPLETED"),
+        activities_run=equal(steps, ["pay", "reserve", "ship"]),
+        failed_workflow_tasks=equal(len(failed), 0),
+    )
+
+
+async def plain_order(journal: str, steps: Sequence[str]) -> None:
+    """The control: a program that resumes from its journal by position. The first run waits to be killed."""
+    done = len(notes(journal))
+    for step in steps[done:]:
+        note(journal, step)
+        if done == 0:
+            await asyncio.sleep(3600)
+
+
+async def plain_journal(lab: Lab) -> Evidence:
+    """The same change of code under a journal that nobody compares with it."""
+    journal = lab.file("journal")
+    async with lab.process(plain_order, journal, ["pay", "ship"]) as program:
+        await until(lambda: notes(journal), "the plain order is paid")
+        await program.kill()
+    async with lab.process(plain_order, journal, ["reserve", "pay", "ship"]) as program:
+        status = await program.wait()
+    return control(
+        "a plain program that resumes by position takes the changed code without a word, and pays twice",
+        steps_done=equal(notes(journal), ["pay", "pay", "ship"]),
+        ended_with=equal(status, 0),
+    )
+
+
+@EX.item("EX-06", "Handling of violations")
+async def violations(lab: Lab) -> AsyncIterator[Evidence]:
+    """Orders are begun with one version of the code and continued with another."""
+    async for evidence in side_by_side(
+        break_and_roll_back(lab),
+        fail_at_once(lab),
+        reported_problem(lab),
+        unchanged_code(lab),
+        inserted_behind(lab),
+        plain_journal(lab),
+    ):
+        yield evidence
+    yield native(
+        "detection belongs to the SDK and needs no setting, and a query finds the runs that wait",
+        workflow.NondeterminismError,
+        Worker,
+        Client.list_workflows,
+    )
+    yield native(
+        "failing at once instead of waiting is a setting of the worker",
+        (Worker, "workflow_failure_exception_types"),
+    )
+
+
+# EX-07 Replay fidelity -------------------------------------------------------------------------------
+# A stored history is a test case: replaying it against today's code tells whether yesterday's runs would
+# survive a deployment.
 
 
 @dataclass
@@ -1885,191 +2162,8 @@ async def perform(task: Task) -> str:
     return task.name
 
 
-async def do(name: str, ledger: str) -> str:
+async def doo(name: str, ledger: str) -> str:
     return await workflow.execute_activity(perform, Task(name, ledger), start_to_close_timeout=PATIENT)
-
-
-class Approvable:
-    """What the versions of the order below have in common: they wait for an approval."""
-
-    def __init__(self) -> None:
-        self.approved = False
-
-    @workflow.signal
-    def approve(self) -> None:
-        self.approved = True
-
-
-@workflow.defn(name="Order")
-class Order(Approvable):
-    @workflow.run
-    async def run(self, ledger: str) -> list[str]:
-        paid = await do("pay", ledger)
-        await workflow.wait_condition(lambda: self.approved)
-        return [paid, await do("ship", ledger)]
-
-
-@workflow.defn(name="Order")
-class OrderChangedBefore(Approvable):
-    """A timer now stands where the history has an activity."""
-
-    @workflow.run
-    async def run(self, ledger: str) -> list[str]:
-        await workflow.sleep(1)
-        paid = await do("pay", ledger)
-        await workflow.wait_condition(lambda: self.approved)
-        return [paid, await do("ship", ledger)]
-
-
-@workflow.defn(name="Order")
-class OrderChangedAfter(Approvable):
-    """A step is inserted behind everything that the history holds so far."""
-
-    @workflow.run
-    async def run(self, ledger: str) -> list[str]:
-        paid = await do("pay", ledger)
-        await workflow.wait_condition(lambda: self.approved)
-        return [paid, await do("wrap", ledger), await do("ship", ledger)]
-
-
-# A failed workflow task is tried again after the task timeout: 10 s by default, less here to save time.
-RETRIED_AFTER = timedelta(seconds=5)
-
-
-@dataclass
-class Violation:
-    """A run of Order that was begun with the old code, and what it looked like then."""
-
-    handle: WorkflowHandle[Any, Any]
-    ledger: str
-    queue: str
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-async def begin_order(lab: Lab, name: str, server: Server | None = None) -> Violation:
-    """Start Order, let it pay, stop its worker, and approve: whoever comes next must replay it."""
-    queue, ledger = f"{lab.id}-{name}", lab.file(name)
-    client = server.client if server else lab.client
-    handle = await client.start_workflow(Order.run, ledger, id=queue, task_queue=queue, task_timeout=RETRIED_AFTER)
-    async with lab.worker([Order], [perform], server=server, task_queue=queue):
-        await until(lambda: settled(handle, 1), "the order is paid and waits")
-    order = Violation(handle, ledger, queue, await history_of(handle))
-    await handle.signal(Order.approve)
-    return order
-
-
-async def break_and_roll_back(lab: Lab) -> tuple[Evidence, Evidence]:
-    order = await begin_order(lab, "broken")
-    async with lab.worker([OrderChangedBefore], [perform], task_queue=order.queue):
-        await until(lambda: failed_tasks(order.handle), "the workflow task failed")
-        message = (await failed_tasks(order.handle))[0]
-        status, history = await status_of(order.handle), await history_of(order.handle)
-        ran = notes(order.ledger)
-    intact = history[: len(order.history)] == order.history
-    broken = works(
-        "changed code under a running workflow: NondeterminismError, the run stays open and its history whole",
-        "TMPRL1100" in message and status == WorkflowExecutionStatus.RUNNING and intact and ran == ["pay"],
-        f"{message[:160]}; status {name_of(status)}; first {len(order.history)} events unchanged: {intact}",
-    )
-    begun = time.monotonic()
-    async with lab.worker([Order], [perform], task_queue=order.queue):
-        result = await order.handle.result()
-    return broken, holds(
-        "after a rollback to the old code the same run finishes with the right result",
-        result == ["pay", "ship"] and notes(order.ledger) == ["pay", "ship"],
-        f"result {result}, {time.monotonic() - begun:.1f} s after the old code was back; "
-        f"activities that ran: {' '.join(notes(order.ledger))}",
-    )
-
-
-async def fail_at_once(lab: Lab) -> Evidence:
-    order = await begin_order(lab, "failed")
-    types = [workflow.NondeterminismError]
-    begun = time.monotonic()
-    async with lab.worker(
-        [OrderChangedBefore], [perform], task_queue=order.queue, workflow_failure_exception_types=types
-    ):
-        why = "nothing"
-        try:
-            await order.handle.result()
-        except WorkflowFailureError as error:
-            why = str(causes(error)[-1])
-    seconds, status = time.monotonic() - begun, await status_of(order.handle)
-    return holds(
-        "workflow_failure_exception_types=[NondeterminismError] makes the run fail instead of waiting",
-        status == WorkflowExecutionStatus.FAILED and "TMPRL1100" in why and notes(order.ledger) == ["pay"],
-        f"status {name_of(status)} after {seconds:.2f} s: {why[:120]}",
-    )
-
-
-REPORTED = 'TemporalReportedProblems = "cause=WorkflowTaskFailedCauseNonDeterministicError"'
-
-
-async def reported_problem(lab: Lab) -> Evidence:
-    """How an operator finds such runs. The threshold is the server's; lowered here, to see it in seconds."""
-    threshold = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}
-    async with lab.private_server(settings=threshold) as server:
-        healthy = await server.client.start_workflow(Order.run, lab.file("h"), id=f"{lab.id}-h", task_queue="nobody")
-        order = await begin_order(lab, "reported", server)
-        async with lab.worker([OrderChangedBefore], [perform], server=server, task_queue=order.queue):
-            seconds = await until(lambda: listed(server.client, REPORTED), "the run is listed", 45)
-            found = await listed(server.client, REPORTED)
-    return holds(
-        "visibility lists the run as a reported problem, and not a healthy one beside it",
-        found == [order.handle.first_execution_run_id] and healthy.first_execution_run_id not in found,
-        f"{len(found)} of 2 open runs listed by {REPORTED} after {seconds:.1f} s (threshold lowered to 2 failures)",
-    )
-
-
-async def unchanged_code(lab: Lab) -> Evidence:
-    order = await begin_order(lab, "unchanged")
-    begun = time.monotonic()
-    async with lab.worker([Order], [perform], task_queue=order.queue):
-        result = await order.handle.result()
-    failed = await failed_tasks(order.handle)
-    return control(
-        "the same restart with unchanged code finishes at once, without an error",
-        result == ["pay", "ship"] and not failed,
-        f"result {result} after {time.monotonic() - begun:.2f} s; failed workflow tasks: {len(failed)}",
-    )
-
-
-async def inserted_later(lab: Lab) -> Evidence:
-    order = await begin_order(lab, "later")
-    async with lab.worker([OrderChangedAfter], [perform], task_queue=order.queue):
-        result = await order.handle.result()
-    failed = await failed_tasks(order.handle)
-    return limit(
-        "a step inserted behind the last recorded command is taken silently",
-        result == ["pay", "wrap", "ship"] and not failed,
-        f"begun as pay, ship; finished as {', '.join(result)}; failed workflow tasks: {len(failed)}",
-    )
-
-
-@EX.item("EX-06", "Handling of violations")
-async def violations(lab: Lab) -> AsyncIterator[Evidence]:
-    """Orders are begun with one version of the code and continued with another."""
-    waiting = asyncio.create_task(reported_problem(lab))
-    async for evidence in side_by_side(unchanged_code(lab), inserted_later(lab), fail_at_once(lab)):
-        yield evidence
-    for evidence in await break_and_roll_back(lab):
-        yield evidence
-    yield await waiting
-    yield native(
-        "detection belongs to the SDK and needs no setting, and a query finds the runs that wait",
-        workflow.NondeterminismError,
-        Worker,
-        Client.list_workflows,
-    )
-    yield native(
-        "failing at once instead of waiting is a setting of the worker",
-        (Worker, "workflow_failure_exception_types"),
-    )
-
-
-# EX-07 Replay fidelity -------------------------------------------------------------------------------
-# A stored history is a test case: replaying it against today's code tells whether yesterday's runs would
-# survive a deployment.
 
 
 @workflow.defn(name="Trip")
@@ -2078,9 +2172,9 @@ class Trip:
     async def run(self, ledger: str) -> list[str]:
         luck = workflow.random().random()
         note(ledger, f"{luck} {workflow.now()} {workflow.uuid4()}")
-        first = await do("book", ledger)
+        first = await doo("book", ledger)
         await workflow.sleep(0.1)
-        return [first, await do("window" if luck < 0.5 else "aisle", ledger), await do("pay", ledger)]
+        return [first, await doo("window" if luck < 0.5 else "aisle", ledger), await doo("pay", ledger)]
 
 
 @workflow.defn(name="Trip", sandboxed=False)
@@ -2090,14 +2184,14 @@ class RawTrip:
     @workflow.run
     async def run(self, ledger: str) -> None:
         note(ledger, f"{random.random()} {time.time()}")
-        await do("book", ledger)
+        await doo("book", ledger)
 
 
 @workflow.defn(name="Change")
 class Original:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
@@ -2108,14 +2202,14 @@ class OrderSwapped:
     async def run(self, ledger: str) -> None:
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
         await workflow.sleep(0.1)
-        await do("book", ledger)
+        await doo("book", ledger)
 
 
 @workflow.defn(name="Change")
 class TimerRemoved:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
 
@@ -2123,8 +2217,8 @@ class TimerRemoved:
 class ActivityAddedInFront:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("check", ledger)
-        await do("book", ledger)
+        await doo("check", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
@@ -2133,7 +2227,7 @@ class ActivityAddedInFront:
 class ActivityRemoved:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
 
 
@@ -2141,7 +2235,7 @@ class ActivityRemoved:
 class ActivityTypeChanged:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_activity("measure_again", 7, start_to_close_timeout=SOON)
 
@@ -2150,7 +2244,7 @@ class ActivityTypeChanged:
 class ActivityIdChanged:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_activity(measure, 7, activity_id="seven", start_to_close_timeout=SOON)
 
@@ -2159,7 +2253,7 @@ class ActivityIdChanged:
 class LocalInsteadOfRegular:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_local_activity(measure, 7, start_to_close_timeout=PATIENT)
 
@@ -2168,7 +2262,7 @@ class LocalInsteadOfRegular:
 class ChildInsteadOfActivity:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_child_workflow("measure", 7)
 
@@ -2177,7 +2271,7 @@ class ChildInsteadOfActivity:
 class ArgumentChanged:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book first class", ledger)
+        await doo("book first class", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
@@ -2186,7 +2280,7 @@ class ArgumentChanged:
 class TimerLengthChanged:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(3600)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT)
 
@@ -2195,7 +2289,7 @@ class TimerLengthChanged:
 class TimeoutChanged:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=timedelta(hours=1))
 
@@ -2204,7 +2298,7 @@ class TimeoutChanged:
 class RetryPolicyChanged:
     @workflow.run
     async def run(self, ledger: str) -> None:
-        await do("book", ledger)
+        await doo("book", ledger)
         await workflow.sleep(0.1)
         once = RetryPolicy(maximum_attempts=1)
         await workflow.execute_activity(measure, 7, start_to_close_timeout=PATIENT, retry_policy=once)
