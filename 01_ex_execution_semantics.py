@@ -941,15 +941,19 @@ async def long_one(lab: Lab) -> Evidence:
         await until(lambda: "await_settlement" in names(lab.calls(handle.id)), "the wait has begun")
         old.send(signal.SIGTERM)
         at = time.monotonic()
-        status = await old.wait()
+        status = await old.wait(2 * PATIENT.total_seconds())
         seconds = time.monotonic() - at
     open_gate(gate)
     async with lab.worker_process(**parts) as successor:
         how = await ended(handle)
     waits = [call for call in lab.calls(handle.id) if call.activity == "await_settlement"]
+    starts = [one.activity_task_started_event_attributes for one in (await handle.fetch_history()).events]
     return holds(
         "a long activity that waits for the shutdown of its worker hands over to the next one",
         workers=equal([{old.pid: "first", successor.pid: "second"}[one.pid] for one in waits], ["first", "second"]),
+        first_attempt_ended_with=equal(
+            [one.last_failure.message for one in starts if one.attempt == 2], ["the worker leaves"]
+        ),
         first_worker_ended_with=equal(status, 0),
         it_ended_after=figure(seconds, "s"),
         grace=figure(PATIENT.total_seconds(), "s"),
