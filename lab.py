@@ -266,10 +266,13 @@ class Lab:
         """The path of a file that is not there yet, for faults that wait for it; open_gate() makes it."""
         return self.file(f"{name or uuid.uuid4().hex[:8]}.gate")
 
-    async def start(self, run: Any, *arguments: Any, name: str = "", **options: Any) -> WorkflowHandle[Any, Any]:
+    async def start(
+        self, run: Any, *arguments: Any, name: str = "", server: Server | None = None, **options: Any
+    ) -> WorkflowHandle[Any, Any]:
         """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named."""
+        client = server.client if server else self.client
         given: dict[str, Any] = {"id": f"{self.id}-{name}" if name else self.id, "task_queue": self.task_queue}
-        handle: WorkflowHandle[Any, Any] = await self.client.start_workflow(run, args=arguments, **(given | options))
+        handle: WorkflowHandle[Any, Any] = await client.start_workflow(run, args=arguments, **(given | options))
         return handle
 
     async def answer(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Any:
