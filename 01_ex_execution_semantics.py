@@ -74,6 +74,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,8 +102,6 @@ EX = Category(
     "What survives a crash, what runs twice, and what does a replay reproduce?",
 )
 
-# An attempt that a kill has cut off is given up after this long, here short, so that kills cost little time.
-SOON = timedelta(seconds=2)
 # Where nothing is to be given up, a slow machine gets all the time it needs.
 PATIENT = timedelta(seconds=30)
 
@@ -291,10 +290,8 @@ async def kill_server(lab: Lab, *, file: bool) -> Evidence:
     """The server dies and comes back; client and worker are not touched and find it again."""
     name = "server" if file else "lost"
     async with lab.private_server(file=file) as server, lab.worker(**PARCELS, server=server, task_queue=name):
-        handle = await server.client.start_workflow(
-            SendParcel.run, Parcel(name), id=f"{lab.id}-{name}", task_queue=name
-        )
-        await until(lambda: settled(handle, 3), "three steps are completed")
+        handle = await lab.start(SendParcel.run, Parcel(name), name=name, server=server, task_queue=name)
+        await until(lambda: settled(handle, 3), "three steps are completed", every=0.2)
         server.kill()
         restart = await server.start()
         if not file:
@@ -419,8 +416,8 @@ PARCELS_IN_CHAOS, PROGRAMS_IN_CHAOS, KILLS = 20, 6, 4
 class Load:
     """Many runs that are under way on a server while parts of it are killed, and what must be true of them then."""
 
-    def __init__(self, lab: Lab, client: Client) -> None:
-        self.lab, self.client = lab, client
+    def __init__(self, lab: Lab, server: Server) -> None:
+        self.lab, self.server = lab, server
         self.programs = [self._program() for _ in range(PROGRAMS_IN_CHAOS)]
         self.signals = [lab.random.randrange(100) for _ in range(KILLS)]
         self.parcels: list[WorkflowHandle[Any, Any]] = []
@@ -434,20 +431,17 @@ class Load:
         return [*(step for part in parts for step in part), *draw(self.lab.random, every, 2)]
 
     async def start(self) -> None:
-        options: dict[str, Any] = {"task_queue": self.lab.task_queue, "task_timeout": soon()}
+        options: dict[str, Any] = {"server": self.server, "task_timeout": soon()}
         for number in range(PARCELS_IN_CHAOS):
-            id = f"{self.lab.id}-chaos-{number}"
-            self.parcels.append(
-                await self.client.start_workflow(SendParcel.run, Parcel(str(number)), id=id, **COLLECTED, **options)
-            )
+            parcel, name = Parcel(str(number)), f"chaos-{number}"
+            self.parcels.append(await self.lab.start(SendParcel.run, parcel, name=name, **COLLECTED, **options))
         for number, steps in enumerate(self.programs):
-            id = f"{self.lab.id}-program-{number}"
-            self.running.append(await self.client.start_workflow(Program.run, steps, id=id, **options))
+            self.running.append(await self.lab.start(Program.run, steps, name=f"program-{number}", **options))
 
-    def worker(self, server: Server | None, **options: Any) -> contextlib.AbstractAsyncContextManager[Child]:
+    def worker(self, **options: Any) -> contextlib.AbstractAsyncContextManager[Child]:
         """A process that works for them; each step takes a moment, so that a kill meets some."""
         return self.lab.worker_process(
-            [SendParcel, Program], [*PARCEL_STEPS, square], server=server,
+            [SendParcel, Program], [*PARCEL_STEPS, square], server=self.server,
             faults=[slow(name, 0.05) for name in [*STEPS, "square"]],
             shortened={name: {"start_to_close_timeout": soon()} for name in [*STEPS, "square"]}, **options,
         )  # fmt: skip
@@ -521,18 +515,18 @@ async def chaos(lab: Lab) -> list[Evidence]:
     moments = sorted(lab.random.sample(range(10, PARCELS_IN_CHAOS * 5 - 15), KILLS))
     victims = lab.random.sample(["worker", "worker", "worker", "server"], KILLS)
     async with lab.private_server(file=True) as server:
-        load = Load(lab, server.client)
+        load = Load(lab, server)
         await load.start()
         for moment, victim, number in zip(moments, victims, load.signals, strict=True):
-            async with load.worker(server, max_concurrent_activities=4) as worker:
+            async with load.worker(max_concurrent_activities=4) as worker:
                 await load.hear(number)
-                await until(lambda: load.begun() >= moment, f"{moment} steps were begun")  # noqa: B023
+                await until(lambda: load.begun() >= moment, f"{moment} steps were begun", every=0.1)  # noqa: B023
                 await load.look()
                 if victim == "server":
                     server.kill()
                     await server.start()
                 await worker.kill()
-        async with load.worker(server):
+        async with load.worker():
             kills = [f"{victim} at step {moment}" for victim, moment in zip(victims, moments, strict=True)]
             return await load.outcome(", ".join(kills))
 
@@ -797,14 +791,15 @@ async def keyed(lab: Lab) -> list[Evidence]:
     return [
         control(
             "killed after the effect and before the report, without a key: the effect is there twice",
-            calls=equal(names([*plain.before, *plain.after]).count("charge"), 2),
-            books=equal(again, [42, 42]),
+            calls=at_least(names([*plain.before, *plain.after]).count("charge"), 2),
+            calls_without_an_effect=equal(names([*plain.before, *plain.after]).count("charge") - len(again), 0),
             status=equal(plain.ending.status, "COMPLETED"),
         ),
         holds(
             "the same kill with a key of the business's: called again, and it counts once",
-            keys=equal(keys(call for call in lab.calls(taken.handle.id) if call.activity == "charge"),
-                       ["keyed/charge"] * 2),
+            calls=at_least(names([*taken.before, *taken.after]).count("charge"), 2),
+            keys=equal({*keys(call for call in lab.calls(taken.handle.id) if call.activity == "charge")},
+                       {"keyed/charge"}),
             books=equal(once, [42]),
             status=equal(taken.ending.status, "COMPLETED"),
         ),
@@ -868,7 +863,7 @@ async def local_charges(lab: Lab) -> Evidence:
     finished = [key for key in keys(lab.calls(number)[before:]) if not key.endswith("/3")]
     return limit(
         "finished local activities run again when the worker dies within the same workflow task",
-        calls_before=equal(before, 3),
+        calls_before=at_least(before, 3),
         finished_and_run_again=at_least(len(finished), 1),
         status=equal(how.status, "COMPLETED"),
         workflow_task_timeout=figure(soon().total_seconds(), "s"),
@@ -907,7 +902,7 @@ async def deploy(lab: Lab, name: str, case: Deployment) -> Evidence:
     bank, id, gate = branch(lab, name), f"{lab.id}-{name}", lab.gate(name)
     leaving = lab.file(f"{name} told") if case.handler else ""
     parts = counter(bank, task_queue=id, faults=[hold("send_text", gate)])
-    parts |= {"graceful_shutdown_timeout": PATIENT} if case.grace else {}
+    parts |= {"graceful_shutdown_timeout": PATIENT * slowness()} if case.grace else {}
     parts |= {} if case.handler else {"shortened": {"send_text": {"start_to_close_timeout": soon()}}}
     handle = await lab.start(Checkout.run, Sale(name, 1), name=name, task_queue=id)
     async with lab.worker_process(**parts, leaving=leaving) as old:
@@ -920,7 +915,7 @@ async def deploy(lab: Lab, name: str, case: Deployment) -> Evidence:
                 open_gate(gate)
             how = await ended(handle)
             seconds = time.monotonic() - at
-        status = await old.wait()
+        status = await old.wait(60 * slowness())
     return case.kind(
         case.claim,
         result=contains(told(how), *case.says),
@@ -933,15 +928,15 @@ async def deploy(lab: Lab, name: str, case: Deployment) -> Evidence:
 
 async def long_one(lab: Lab) -> Evidence:
     """A worker is told to end while an activity waits for the bank, which may take hours."""
-    name, gate = "long", lab.gate("long")
+    name, gate, grace = "long", lab.gate("long"), PATIENT * slowness()
     bank = replace(branch(lab, name), settles=gate)
-    parts = counter(bank, graceful_shutdown_timeout=PATIENT, task_queue=f"{lab.id}-{name}")
+    parts = counter(bank, graceful_shutdown_timeout=grace, task_queue=f"{lab.id}-{name}")
     handle = await lab.start(Checkout.run, Sale(name, 1), name=name, task_queue=f"{lab.id}-{name}")
     async with lab.worker_process(**parts, leaving=lab.file("long told")) as old:
         await until(lambda: "await_settlement" in names(lab.calls(handle.id)), "the wait has begun")
         old.send(signal.SIGTERM)
         at = time.monotonic()
-        status = await old.wait(2 * PATIENT.total_seconds())
+        status = await old.wait(2 * grace.total_seconds())
         seconds = time.monotonic() - at
     open_gate(gate)
     async with lab.worker_process(**parts) as successor:
@@ -956,7 +951,7 @@ async def long_one(lab: Lab) -> Evidence:
         ),
         first_worker_ended_with=equal(status, 0),
         it_ended_after=figure(seconds, "s"),
-        grace=figure(PATIENT.total_seconds(), "s"),
+        grace=figure(grace.total_seconds(), "s"),
         result=equal(told(how), "customer told"),
     )
 
@@ -965,7 +960,7 @@ async def zombie(lab: Lab) -> Evidence:
     """A worker stands still, is given up, and wakes when another one has done its work."""
     bank, id, gate = branch(lab, "zombie"), f"{lab.id}-zombie", lab.gate("zombie")
     parts = counter(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon()}})
-    handle = await lab.start(Checkout.run, Sale("zombie", 42), name="zombie", task_queue=id, task_timeout=soon())
+    handle = await lab.start(Subscription.run, "zombie", 3, name="zombie", task_queue=id, task_timeout=soon())
     # One poll, because each open one of a worker that stands still takes an attempt that must be waited for.
     halted = parts | {"faults": [withhold("charge", gate, silent=True)], "max_concurrent_activity_task_polls": 1}
     async with lab.worker_process(**halted, leaving=lab.file("zombie told")) as old:
@@ -976,7 +971,7 @@ async def zombie(lab: Lab) -> Evidence:
         open_gate(gate)
         old.send(signal.SIGCONT)
         old.send(signal.SIGTERM)
-        left = await old.wait()
+        left = await old.wait(60 * slowness())
     events = [one.activity_task_completed_event_attributes for one in (await handle.fetch_history()).events]
     late = lab.client.get_async_activity_handle(task_token=bytes.fromhex(bank.tokens()[0]))
     answer: RPCStatusCode | None = None
@@ -989,11 +984,11 @@ async def zombie(lab: Lab) -> Evidence:
         attempts_of_it=at_least(sum(call.pid == old.pid for call in lab.calls(id)), 1),
         it_ended_with=equal(left, 0),
         completions_by_the_other=equal(
-            [one.identity.startswith(f"{successor.pid}@") for one in events if one.identity], [True] * 3
+            [one.identity.startswith(f"{successor.pid}@") for one in events if one.identity], [True]
         ),
         answer_to_one_more_report=equal(name_of(answer), "NOT_FOUND"),
-        books=equal(bank.books.amounts("zombie/"), [42]),
-        result=equal(told(how), "customer told"),
+        books=equal(bank.books.amounts("zombie/"), [3]),
+        status=equal(how.status, "COMPLETED"),
     )
 
 
@@ -1302,7 +1297,7 @@ async def killed_update(lab: Lab, server: Server) -> Evidence:
     """An update is accepted and waits. Worker and server are killed, and a client that knows the id asks."""
     queue = f"{lab.id}-killed"
     async with lab.worker_process(**ACCOUNTS, server=server, task_queue=queue) as worker:
-        handle = await server.client.start_workflow(Tally.run, id=queue, task_queue=queue)
+        handle = await lab.start(Tally.run, name="killed", server=server, task_queue=queue)
         await handle.start_update(
             Tally.add_later, 10, id="transfer-1", wait_for_stage=WorkflowUpdateStage.ACCEPTED, rpc_timeout=PATIENT
         )
@@ -1333,10 +1328,7 @@ async def over_continue_as_new(lab: Lab, server: Server) -> list[Evidence]:
     found = []
     async with lab.worker(**ACCOUNTS, server=server):
         for account in (Account, Forgetful):
-            id = f"{lab.id}-{account.__name__}"
-            handle = await server.client.start_workflow(
-                account.__name__, Balance("next"), id=id, task_queue=lab.task_queue
-            )
+            handle = await lab.start(account.__name__, Balance("next"), name=account.__name__, server=server)
             await handle.execute_update("deposit", 10, id="transfer-1")
             await until(lambda: goes_on(handle), "the account goes on in another run")  # noqa: B023
             again = await handle.execute_update("deposit", 10, id="transfer-1")
@@ -1511,7 +1503,7 @@ async def kill_both(lab: Lab) -> list[Evidence]:
     """A workflow's variables are read before and after its worker and its server were killed."""
     id = f"{lab.id}-both"
     async with lab.private_server(file=True) as server:
-        handle = await server.client.start_workflow(MeterReading.run, METERS, id=id, task_queue=lab.task_queue)
+        handle = await lab.start(MeterReading.run, METERS, name="both", server=server)
         async with lab.worker_process(**METERING, server=server) as worker:
             await handle.signal(MeterReading.remark, "first")
             await until(lambda: has_read(handle), f"{METERS} meters are read", every=0.25)
@@ -1549,7 +1541,7 @@ async def kill_both(lab: Lab) -> list[Evidence]:
 
 async def in_memory(lab: Lab) -> Evidence:
     async with lab.private_server() as server:
-        handle = await server.client.start_workflow(MeterReading.run, 1, id=lab.id, task_queue=lab.task_queue)
+        handle = await lab.start(MeterReading.run, 1, server=server)
         there = name_of(await status_of(handle))
         server.kill()
         await server.start()
@@ -1571,10 +1563,10 @@ async def full_disk(lab: Lab) -> Evidence:
     if not hasattr(resource, "prlimit"):
         return not_run("holds", FULL, "only Linux limits the files of a process that runs")
     async with lab.private_server(file=True) as server, lab.worker(**METERING, server=server):
-        handle = await server.client.start_workflow(MeterReading.run, 1, id=f"{lab.id}-full", task_queue=lab.task_queue)
+        handle = await lab.start(MeterReading.run, 1, name="full", server=server)
         await handle.query(MeterReading.state)
         limits = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
-        room = os.path.getsize(str(server.file)) + 50_000
+        room = os.path.getsize(str(server.file)) + 150_000
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (room, limits[1]))
         kept: list[str] = []
         refused: list[RPCError] = []
@@ -1815,7 +1807,7 @@ async def deadlock(lab: Lab) -> Evidence:
     queue = f"{lab.id}-busy"
     handle = await lab.start(Busy.run, name="busy", task_queue=queue)
     async with lab.worker_process([Busy], task_queue=queue):
-        await until(lambda: failed_tasks(handle), "the workflow task failed")
+        await until(lambda: failed_tasks(handle), "the workflow task failed", 30, every=0.2)
     message, status = (await failed_tasks(handle))[0], name_of(await status_of(handle))
     await handle.terminate()
     return holds(
@@ -1991,10 +1983,10 @@ class Paid:
 
 async def begin_order(lab: Lab, name: str, server: Server | None = None) -> Paid:
     """Start Order, let it pay, and stop its worker: whoever comes next must replay it."""
-    id, client = f"{lab.id}-{name}", server.client if server else lab.client
-    handle = await client.start_workflow(Order.run, "order", id=id, task_queue=id, task_timeout=retried_after())
-    async with lab.worker([Order], ORDER_STEPS, server=server, task_queue=id):
-        await until(lambda: settled(handle, 1), "the order is paid and waits")
+    options: dict[str, Any] = {"task_queue": f"{lab.id}-{name}", "task_timeout": retried_after()}
+    handle = await lab.start(Order.run, "order", name=name, server=server, **options)
+    async with lab.worker([Order], ORDER_STEPS, server=server, task_queue=handle.id):
+        await until(lambda: settled(handle, 1), "the order is paid and waits", every=0.2)
     return Paid(handle, (await handle.fetch_history()).events)
 
 
@@ -2005,7 +1997,7 @@ async def break_and_roll_back(lab: Lab) -> list[Evidence]:
     order = await begin_order(lab, "broken")
     await order.handle.signal(Order.approve)
     async with order.worker(lab, OrderChanged):
-        await until(lambda: failed_tasks(order.handle), "the workflow task failed")
+        await until(lambda: failed_tasks(order.handle), "the workflow task failed", 30, every=0.2)
         message = (await failed_tasks(order.handle))[0]
         status, history = name_of(await status_of(order.handle)), (await order.handle.fetch_history()).events
         ran = order.steps(lab)
@@ -2236,131 +2228,56 @@ class RawTrip(NotedTrip):
         return Ticket(str(uuid.uuid4()), random.randrange(10**9), datetime.now(UTC))
 
 
-# Two versions of a workflow are two classes with one name. In these, one thing is other than in Trip.
+async def booked(what: str = "flight") -> None:
+    await workflow.execute_activity(book, what, start_to_close_timeout=PATIENT)
 
 
-async def booked(what: str = "flight", **options: Any) -> None:
-    await workflow.execute_activity(book, what, **{"start_to_close_timeout": PATIENT, **options})
+async def slept(seconds: float = 1) -> None:
+    await workflow.sleep(seconds)
 
 
-async def billed(**options: Any) -> None:
-    await workflow.execute_activity(bill, 4200, **{"start_to_close_timeout": PATIENT, **options})
+async def billed(name: str = "bill", **options: Any) -> None:
+    await workflow.execute_activity(name, 4200, **{"start_to_close_timeout": PATIENT, **options})
 
 
-@workflow.defn(name="Trip")
-class TimerRemoved:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await billed()
+async def billed_locally() -> None:
+    await workflow.execute_local_activity(bill, 4200, start_to_close_timeout=PATIENT)
 
 
-@workflow.defn(name="Trip")
-class ActivityAddedInFront:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked("hotel")
-        await booked()
-        await workflow.sleep(1)
-        await billed()
+async def billed_by_a_child() -> None:
+    await workflow.execute_child_workflow("bill", 4200)
 
 
-@workflow.defn(name="Trip")
-class ActivityRemoved:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-
-
-@workflow.defn(name="Trip")
-class ActivityTypeChanged:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-        await workflow.execute_activity("bill_again", 4200, start_to_close_timeout=PATIENT)
-
-
-@workflow.defn(name="Trip")
-class ActivityIdChanged:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-        await billed(activity_id="the bill")
-
-
-@workflow.defn(name="Trip")
-class LocalInsteadOfRegular:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-        await workflow.execute_local_activity(bill, 4200, start_to_close_timeout=PATIENT)
-
-
-@workflow.defn(name="Trip")
-class ChildInsteadOfActivity:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-        await workflow.execute_child_workflow("bill", 4200)
-
-
-@workflow.defn(name="Trip")
-class ArgumentChanged:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked("flight, first class")
-        await workflow.sleep(1)
-        await billed()
-
-
-@workflow.defn(name="Trip")
-class TimerLengthChanged:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(3600)
-        await billed()
-
-
-@workflow.defn(name="Trip")
-class TimeoutChanged:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-        await billed(start_to_close_timeout=timedelta(hours=1))
-
-
-@workflow.defn(name="Trip")
-class RetryPolicyChanged:
-    @workflow.run
-    async def run(self, traveller: str) -> None:
-        await booked()
-        await workflow.sleep(1)
-        await billed(retry_policy=RetryPolicy(maximum_attempts=1))
-
-
-BREAKING = (
-    TripBilledFirst,
-    TimerRemoved,
-    ActivityAddedInFront,
-    ActivityRemoved,
-    ActivityTypeChanged,
-    ActivityIdChanged,
-    LocalInsteadOfRegular,
-    ChildInsteadOfActivity,
-)
-UNSEEN = {
-    "argument of an activity": ArgumentChanged,
-    "length of a timer": TimerLengthChanged,
-    "timeout of an activity": TimeoutChanged,
-    "retry policy of an activity": RetryPolicyChanged,
+Version = Sequence[Callable[[], Awaitable[None]]]
+UNCHANGED: Version = (booked, slept, billed)
+BREAKING: dict[str, Version] = {
+    "order swapped": (billed, slept, booked),
+    "timer removed": (booked, billed),
+    "activity added in front": (partial(booked, "hotel"), booked, slept, billed),
+    "activity removed": (booked, slept),
+    "activity type changed": (booked, slept, partial(billed, "bill again")),
+    "activity id changed": (booked, slept, partial(billed, activity_id="the bill")),
+    "local instead of regular activity": (booked, slept, billed_locally),
+    "child instead of activity": (booked, slept, billed_by_a_child),
 }
+UNSEEN: dict[str, Version] = {
+    "argument of an activity": (partial(booked, "first class"), slept, billed),
+    "length of a timer": (booked, partial(slept, 3600), billed),
+    "timeout of an activity": (booked, slept, partial(billed, start_to_close_timeout=timedelta(hours=1))),
+    "retry policy of an activity": (booked, slept, partial(billed, retry_policy=RetryPolicy(maximum_attempts=1))),
+}
+
+
+@workflow.defn(name="Trip", sandboxed=False)
+class AnyTrip:
+    """Trip in a version that is given from outside, which is why it is not in the sandbox."""
+
+    steps = UNCHANGED
+
+    @workflow.run
+    async def run(self, traveller: str) -> None:
+        for step in self.steps:
+            await step()
 
 
 @workflow.defn
@@ -2393,27 +2310,51 @@ async def recorded(lab: Lab, version: Any, name: str, *arguments: Any) -> Workfl
     return await handle.fetch_history()
 
 
-async def drawn_again(lab: Lab, version: Any, name: str) -> dict[str, Any]:
-    """What a version draws when it runs, and whether it draws the same when its history is replayed."""
-    path = lab.file(name)
-    answer = await replay(version, await recorded(lab, version, name, path))
-    first, *again = notes(path)
-    return {"replay": equal(answer, "fits"), "drawn": first, "times_drawn_again": equal(len(again), 1),
-            "the_same_again": equal(again == [first], version is NotedTrip)}  # fmt: skip
+async def drawings(lab: Lab, version: Any) -> tuple[str, list[str]]:
+    """What comes of replaying a finished run, and what its code has drawn at first and in the replay."""
+    path = lab.file(version.__name__)
+    answer = await replay(version, await recorded(lab, version, version.__name__, path))
+    return answer, notes(path)
+
+
+async def drawn_again(lab: Lab) -> Evidence:
+    answer, (first, *again) = await drawings(lab, NotedTrip)
+    return works(
+        "a finished history replays clean, and its decisions come out as recorded",
+        replay=equal(answer, "fits"),
+        drawn=first,
+        times_drawn_again=equal(len(again), 1),
+        other_than_at_first=equal([one for one in again if one != first], []),
+    )
+
+
+async def drawn_raw(lab: Lab) -> Evidence:
+    _, (first, *again) = await drawings(lab, RawTrip)
+    return control(
+        "raw random and clock, unsandboxed, come out differently on replay",
+        drawn=first,
+        times_drawn_again=equal(len(again), 1),
+        the_same_as_at_first=equal([one for one in again if one == first], []),
+    )
 
 
 async def every_change(lab: Lab) -> list[Evidence]:
     """One history against every changed version."""
     history = await recorded(lab, Trip, "original", "Ann")
-    found = {version.__name__: await replay(version, history) for version in BREAKING}
-    unseen = {what: await replay(version, history) for what, version in UNSEEN.items()}
+
+    async def tried(version: Version) -> str:
+        AnyTrip.steps = version
+        return await replay(AnyTrip, history)
+
+    found = {name: await tried(version) for name, version in BREAKING.items()}
+    unseen = {name: await tried(version) for name, version in UNSEEN.items()}
     return [
         holds(
             f"each of {len(BREAKING)} kinds of breaking change is found, and the unchanged code is not accused",
-            unchanged=equal(await replay(Trip, history), "fits"),
+            unchanged=equal(await tried(UNCHANGED), "fits"),
             **{name: equal(answer, "NondeterminismError") for name, answer in found.items()},
         ),
-        *(limit(f"another {what} passes unseen", replay=equal(answer, "fits")) for what, answer in unseen.items()),
+        *(limit(f"another {name} passes unseen", replay=equal(answer, "fits")) for name, answer in unseen.items()),
     ]
 
 
@@ -2433,15 +2374,7 @@ async def long_history(lab: Lab) -> Evidence:
 async def replay_fidelity(lab: Lab) -> AsyncIterator[Evidence]:
     """Recorded histories are replayed against the same code and against changed code."""
 
-    async def clean() -> Evidence:
-        facts = await drawn_again(lab, NotedTrip, "noted")
-        return works("a finished history replays clean, and its decisions come out as recorded", **facts)
-
-    async def raw() -> Evidence:
-        facts = await drawn_again(lab, RawTrip, "raw")
-        return control("raw random and clock, unsandboxed, come out differently on replay", **facts)
-
-    async for evidence in side_by_side(clean(), raw(), every_change(lab), long_history(lab)):
+    async for evidence in side_by_side(drawn_again(lab), drawn_raw(lab), every_change(lab), long_history(lab)):
         yield evidence
     yield native(
         "replaying is part of the SDK",
