@@ -252,7 +252,9 @@ async def waited_for_the_dead(handle: WorkflowHandle[Any, Any]) -> list[float]:
 async def default_successor(lab: Lab) -> Evidence:
     """The same kill with the SDK's default: for 10 s the next task waits for the worker that has the run cached."""
     default = inspect.signature(Worker).parameters["sticky_queue_schedule_to_start_timeout"].default
-    taken = await kill_between_steps(lab, "default", sticky_queue_schedule_to_start_timeout=default)
+    # With --no-cache nobody would be waited for: this worker keeps its cache.
+    options = {"sticky_queue_schedule_to_start_timeout": default, "max_cached_workflows": 1000}
+    taken = await kill_between_steps(lab, "default", **options)
     waits = await waited_for_the_dead(taken.handle)
     return holds(
         "with the default sticky timeout it is the same, only later: the task first waits for the worker that died",

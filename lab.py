@@ -231,14 +231,19 @@ class Lab:
         faults: Sequence[Fault] = (),
         shortened: Mapping[str, Mapping[str, Any]] | None = None,
         watched: bool = True,
+        leaving: str = "",
         **options: Any,
     ) -> AsyncIterator[Child]:
-        """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker()."""
+        """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker().
+
+        SIGTERM ends it like any program that does not expect it. With a path `leaving`, it lets the worker shut down
+        as its options say, and the file is there as soon as the signal has come.
+        """
         self._watch(options, faults, shortened, watched)
         parts = {"workflows": workflows, "activities": activities, **options}
         target = server.target if server else self._session.target
         async with self.process(
-            serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
+            serve, target, connect_options or {}, task_queue or self.task_queue, parts, leaving, fresh=fresh
         ) as child:
             yield child
             if not child.alive and not child.killed and await child.wait() == 1:
@@ -252,7 +257,7 @@ class Lab:
         watched: bool,
     ) -> None:
         if self._session.options.no_cache:
-            options["max_cached_workflows"] = 0
+            options.setdefault("max_cached_workflows", 0)
         if watched:
             outside = Outside(self.file("calls"), faults, shortened or {})
             options["interceptors"] = [*options.get("interceptors", ()), outside]

@@ -52,9 +52,7 @@ FALLS = [
     # The first step is taken once more after the kill.
     Fall("EX-01", "for step in (hand_over, notify)", "for step in (pick, hand_over, notify)", 1, ["between steps"]),
     # The default is not the default.
-    Fall("EX-01", "sticky_queue_schedule_to_start_timeout=default",
-         "sticky_queue_schedule_to_start_timeout=timedelta(seconds=1)", 3,
-         ["default sticky timeout"]),
+    Fall("EX-01", 'timeout": default, "max', 'timeout": timedelta(seconds=1), "max', 3, ["default sticky timeout"]),
     # The server without a file has one.
     Fall("EX-01", "lab.private_server(file=file)", "lab.private_server(file=True)", None, ["keeps nothing on disk"]),
     # The plain program knows where it was.
