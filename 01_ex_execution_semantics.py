@@ -1592,7 +1592,7 @@ async def full_disk(lab: Lab) -> Evidence:
         refused_with=sorted({f"{name_of(error.status)}: {error.message}" for error in refused}),
         acknowledged_and_lost=equal(len([one for one in kept if found.count(one) != 1]), 0),
         in_order=equal([one for one in found if one in kept] == kept, True),
-        last=equal(found[-1], after),
+        last=equal(found[-1:], [after]),
         refused_and_kept=len(found) - len(kept) - 1,
     )
 
