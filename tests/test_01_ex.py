@@ -28,6 +28,8 @@ LOOK = """                await load.look()
 """
 # A server whose disk did not keep what it acknowledged: a copy of its file from a moment before is put back.
 LOST = """                if victim == "server":
+                    import sqlite3
+
                     copy = sqlite3.connect(lab.file("copy"))
                     sqlite3.connect(str(server.file)).backup(copy)
                     copy.close()
