@@ -578,6 +578,7 @@ def parse(category: Category, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="of the embedded server; its Web UI then has PORT + 1000")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="repeat a run's random faults")
     parser.add_argument("--profile", metavar="NAME", help="a TOML profile that names the server to evaluate")
+    parser.add_argument("--no-cache", action="store_true", help="replay the whole history for every workflow task")
     parser.add_argument("--log", metavar="FILE", help="keep what server, workers and SDK log in FILE")
     for flag, meaning in category.flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)

@@ -237,14 +237,19 @@ class Lab:
         faults: Sequence[Fault] = (),
         shortened: Mapping[str, Mapping[str, Any]] | None = None,
         watched: bool = True,
+        leaving: str = "",
         **options: Any,
     ) -> AsyncIterator[Child]:
-        """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker()."""
+        """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker().
+
+        SIGTERM ends it like any program that does not expect it. With a path `leaving`, it lets the worker shut down
+        as its options say, and the file is there as soon as the signal has come.
+        """
         self._watch(options, faults, shortened, watched)
         parts = {"workflows": workflows, "activities": activities, **options}
         target = server.target if server else self._session.target
         async with self.process(
-            serve, target, connect_options or {}, task_queue or self.task_queue, parts, fresh=fresh
+            serve, target, connect_options or {}, task_queue or self.task_queue, parts, leaving, fresh=fresh
         ) as child:
             yield child
             if not child.alive and not child.killed and await child.wait() == 1:
@@ -257,6 +262,8 @@ class Lab:
         shortened: Mapping[str, Mapping[str, Any]] | None,
         watched: bool,
     ) -> None:
+        if self._session.options.no_cache:
+            options.setdefault("max_cached_workflows", 0)
         if watched:
             outside = Outside(self.file("calls"), faults, shortened or {})
             options["interceptors"] = [*options.get("interceptors", ()), outside]
@@ -270,10 +277,13 @@ class Lab:
         """The path of a file that is not there yet, for faults that wait for it; open_gate() makes it."""
         return self.file(f"{name or uuid.uuid4().hex[:8]}.gate")
 
-    async def start(self, run: Any, *arguments: Any, name: str = "", **options: Any) -> WorkflowHandle[Any, Any]:
+    async def start(
+        self, run: Any, *arguments: Any, name: str = "", server: Server | None = None, **options: Any
+    ) -> WorkflowHandle[Any, Any]:
         """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named."""
+        client = server.client if server else self.client
         given: dict[str, Any] = {"id": f"{self.id}-{name}" if name else self.id, "task_queue": self.task_queue}
-        handle: WorkflowHandle[Any, Any] = await self.client.start_workflow(run, args=arguments, **(given | options))
+        handle: WorkflowHandle[Any, Any] = await client.start_workflow(run, args=arguments, **(given | options))
         return handle
 
     async def answer(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Any:

@@ -71,11 +71,17 @@ def keep_bytecode(folder: Path) -> None:
     sys.pycache_prefix, sys.dont_write_bytecode = str(folder / "bytecode"), False
 
 
-async def serve(target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any]) -> None:
-    """The life of a worker process: poll until killed."""
+async def serve(
+    target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any], leaving: str = ""
+) -> None:
+    """The life of a worker process: poll until killed, or where there is a file `leaving`, until SIGTERM."""
+    told = asyncio.Event()
+    if leaving:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
     client = await connect(target, **connect_options)
     async with make_worker(client, task_queue, **parts):
-        await asyncio.Future()
+        await told.wait()
+        Path(leaving).touch()
 
 
 class Child:
@@ -97,6 +103,10 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         await self.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it another signal, such as SIGTERM, SIGSTOP or SIGCONT."""
+        os.kill(self.pid, number)
 
     async def wait(self, seconds: float = 30) -> int:
         """Wait for the process to end by itself. Returns its exit status, or minus the signal's number."""
