@@ -9,6 +9,7 @@ waits for something, what can start one, and how its state is read from outside.
 from common import (
     Category,
     Evidence,
+    NotRun,
     Spread,
     Target,
     at_least,
@@ -21,8 +22,8 @@ from common import (
     holds,
     limit,
     native,
-    not_run,
     one_of,
+    piece,
     side_by_side,
     slowness,
     works,
@@ -308,15 +309,11 @@ class Branch:
         handle: Handle = await client.start_workflow(kind.run, Standing(id), **options)
         return handle
 
-    def parts(self, **options: Any) -> dict[str, Any]:
+    def parts(self, *workflows: type, **options: Any) -> dict[str, Any]:
         """What a worker for accounts is made of. A call that a kill has cut off is given up soon."""
         shortened = {"book": {"start_to_close_timeout": soon()}}
-        return {
-            "workflows": [Account, Forgetful, Payroll, Liquidator],
-            "activities": [self.teller.book],
-            "shortened": shortened,
-            **options,
-        }
+        kinds = [Account, *workflows]
+        return {"workflows": kinds, "activities": [self.teller.book], "shortened": shortened, **options}
 
     def received(self, handle: Handle) -> list[int]:
         """The amounts that the account worked on, in that order: a signal that came twice is there twice.
@@ -564,7 +561,10 @@ async def through_new_runs(lab: Lab, branch: Branch, server: Server) -> tuple[Ev
     for one in piled:
         await asyncio.gather(*(put(one, number) for number in numbers))
         await one.signal(Account.close)
-    async with Stream(lambda number: put(handle, number)) as stream, lab.worker(**branch.parts(server=server)):
+    async with (
+        Stream(lambda number: put(handle, number)) as stream,
+        lab.worker(**branch.parts(Forgetful, server=server)),
+    ):
         await until(lambda: stream.has(1) and branch.runs(handle) >= RUNS, f"{RUNS} runs have booked something")
         await stream.end()
         await close(handle)
@@ -696,7 +696,7 @@ async def external_signals(lab: Lab) -> AsyncIterator[Evidence]:
     """Signals are sent early, all at once, by workflows and through kills; an account outside keeps what arrived."""
     branch = Branch(lab)
     parts = (wakes_a_workflow, by_another_workflow, before_any_worker, two_senders, undecodable, on_a_server_of_its_own)
-    async with lab.worker(**branch.parts()):
+    async with lab.worker(**branch.parts(Payroll, Liquidator)):
         async for evidence in side_by_side(kill_plain_program(lab), *(part(lab, branch) for part in parts)):
             yield evidence
         yield await concurrent_signals(lab, branch)
@@ -966,14 +966,10 @@ class Till:
     def gate(self, name: str) -> str:
         return self.lab.gate(name)
 
-    def parts(self, **options: Any) -> dict[str, Any]:
-        """What a worker for purchases and budgets is made of."""
-        return {
-            "workflows": [Purchase, Budget, Variant],
-            "activities": [self.buyer.ask, self.buyer.pay],
-            "faults": self.held,
-            **options,
-        }
+    def parts(self, *workflows: type, **options: Any) -> dict[str, Any]:
+        """What a worker for budgets is made of."""
+        activities = [self.buyer.ask, self.buyer.pay]
+        return {"workflows": [Budget, *workflows], "activities": activities, "faults": self.held, **options}
 
     async def purchase(self, name: str, seconds: float | None, sellers: Sequence[str] = ("bob",)) -> Handle:
         return await self.lab.start(Purchase.run, Wish("lamp", list(sellers), seconds), name=name)
@@ -1350,7 +1346,7 @@ async def killed_while_accepted(lab: Lab, till: Till, server: Server) -> Evidenc
 
 async def with_lowered_limits(lab: Lab, till: Till) -> list[Evidence]:
     async with lab.private_server(file=True, settings=LOWERED) as server:
-        async with lab.worker(**till.parts(server=server)):
+        async with lab.worker(**till.parts(Variant, server=server)):
             counted = await many_in_all(lab, till, server)
         return [
             *counted,
@@ -1365,7 +1361,7 @@ async def waiting(lab: Lab) -> AsyncIterator[Evidence]:
     till = Till(lab)
     single = (waits_for_signal, wait_on_many, validated_updates, accepted_too_early, unfinished_handlers)
     several = (never_set, locked_handlers, many_at_a_time, with_lowered_limits)
-    async with lab.worker(**till.parts()):
+    async with lab.worker(**till.parts(Purchase, Variant)):
         async for evidence in side_by_side(*(part(lab, till) for part in (*single, *several))):
             yield evidence
     yield native(
@@ -1658,12 +1654,17 @@ async def wait_of(handle: Handle) -> tuple[str, str, float, float]:
     return str(handle.run_id), begun.continued_execution_run_id, backoff.total_seconds(), waited.total_seconds()
 
 
+BY_CLOCK = "a schedule and a cron expression each start a workflow again and again, and never before it is due"
+
+
+@piece(works(BY_CLOCK))
 async def by_clock(lab: Lab) -> Evidence:
+    lab.needs("schedules")
     (ran, scheduled), cron = await asyncio.gather(by_schedule(lab), by_cron(lab))
     late = [(begun - due).total_seconds() for due, begun in scheduled]
     early = [asked - waited for _, _, asked, waited in cron]
     return works(
-        "a schedule and a cron expression each start a workflow again and again, and never before it is due",
+        BY_CLOCK,
         runs_by_a_schedule_of_every_second=equal([len(ran), len({due for due, _ in scheduled})], [2, 2]),
         due_at_full_seconds=equal([due.microsecond for due, _ in scheduled], [0, 0]),
         started_after_they_were_due=Spread.of(late, "s"),
@@ -1675,14 +1676,19 @@ async def by_clock(lab: Lab) -> Evidence:
     )
 
 
+BY_MESSAGE = "a workflow is started by the first signal, and by the first update, that is sent to it"
+
+
+@piece(works(BY_MESSAGE))
 async def by_message(lab: Lab) -> Evidence:
     """Message and start in one request."""
+    lab.needs("updates", "update-with-start")
     signalled, updated = Order(f"{lab.id}-signalled"), Order(f"{lab.id}-updated")
     handle = await add_or_start(lab.client, signalled, "first signal", lab.task_queue)
     answer = await put_or_start(lab.client, updated, "first update", lab.task_queue)
     await asyncio.gather(ended(handle), ended(lab.client.get_workflow_handle(updated.number)))
     return works(
-        "a workflow is started by the first signal, and by the first update, that is sent to it",
+        BY_MESSAGE,
         shipped_by_a_signal=equal(items_of(shipped(lab, signalled.number)), ["first signal"]),
         shipped_by_an_update=equal(items_of(shipped(lab, updated.number)), ["first update"]),
         the_updates_answer=equal(answer, 1),
@@ -1718,7 +1724,12 @@ async def signal_nobody(lab: Lab) -> Evidence:
     )
 
 
+STARTED_ALL_THE_SAME = "update-with-start: an update that its validator refuses leaves the workflow started"
+
+
+@piece(limit(STARTED_ALL_THE_SAME))
 async def refused_update_with_start(lab: Lab) -> Evidence:
+    lab.needs("updates", "update-with-start")
     order = Order(f"{lab.id}-refused")
     handle = lab.client.get_workflow_handle(order.number)
     answer = await sent(put_or_start(lab.client, order, "", lab.task_queue))
@@ -1726,7 +1737,7 @@ async def refused_update_with_start(lab: Lab) -> Evidence:
     if status == "RUNNING":
         await handle.terminate("nobody asked for it")
     return limit(
-        "update-with-start: an update that its validator refuses leaves the workflow started",
+        STARTED_ALL_THE_SAME,
         the_update=equal(answer, "an item must have a name"),
         the_workflow_then=equal(status, "RUNNING"),
     )
@@ -1870,11 +1881,11 @@ DOUBLED = "the same redelivery without REJECT_DUPLICATE makes a second run when 
 UNATTENDED = "a message broker starts nothing by itself: until the user's own consumer runs, its messages wait"
 
 
+@piece(holds(REDELIVERED), control(DOUBLED), limit(UNATTENDED))
 async def by_broker(lab: Lab) -> tuple[Evidence, ...]:
     program = shutil.which("redis-server")
     if program is None:
-        why = "no message broker is installed here (redis-server)"
-        return not_run("holds", REDELIVERED, why), not_run("control", DOUBLED, why), not_run("limit", UNATTENDED, why)
+        raise NotRun("no message broker is installed here (redis-server)")
     port = free_port()
     async with lab.process(become_redis, program, port):
         await until(Redis(port).answers, "Redis answers")
@@ -2080,8 +2091,8 @@ async def send_off(lab: Lab, name: str, *places: str, kind: type[Delivery] = Del
     return handle
 
 
-def driver(lab: Lab, task_queue: str | None = None) -> Worker:
-    return lab.worker([Delivery, Watched], [DRIVER.move], task_queue=task_queue)
+def driver(lab: Lab, *workflows: type, task_queue: str | None = None) -> Worker:
+    return lab.worker(workflows, [DRIVER.move], task_queue=task_queue)
 
 
 def moved(lab: Lab, handle: Handle) -> list[str]:
@@ -2190,7 +2201,7 @@ async def closed_workflows(lab: Lab) -> tuple[Evidence, ...]:
     await until(lambda: rests(lab, lost, 1), "the place is reached")
     conditions = {"running, NOT_OPEN": await answered(lost, QueryRejectCondition.NOT_OPEN)}
     await lost.terminate()
-    async with driver(lab, home.id):
+    async with driver(lab, Delivery, task_queue=home.id):
         answer = await home.query(Delivery.places)
         conditions |= {
             "completed, NOT_OPEN": await answered(home, QueryRejectCondition.NOT_OPEN),
@@ -2254,13 +2265,13 @@ async def refused_queries(lab: Lab) -> tuple[Evidence, ...]:
 
 async def without_worker(lab: Lab) -> Evidence:
     handle = await send_off(lab, "deserted", "depot", alone=True)
-    async with driver(lab, handle.id):
+    async with driver(lab, Delivery, task_queue=handle.id):
         await until(lambda: rests(lab, handle, 1), "the place is reached")
     begun = time.monotonic()
     async with asyncio.timeout(60 * slowness()):
         answer = await sent(handle.query(Delivery.places, rpc_timeout=timedelta(seconds=1.5)))
     seconds = time.monotonic() - begun
-    async with driver(lab, handle.id):
+    async with driver(lab, Delivery, task_queue=handle.id):
         later = await handle.query(Delivery.places)
     await handle.terminate()
     return limit(
@@ -2276,7 +2287,7 @@ async def changing_query(lab: Lab) -> Evidence:
     handle = await send_off(lab, "changed", "depot", kind=Watched, alone=True)
     peeks = []
     for _ in range(2):
-        async with driver(lab, handle.id):
+        async with driver(lab, Watched, task_queue=handle.id):
             await until(lambda: rests(lab, handle, 1), "the place is reached")
             peeks.append([await handle.query("peek") for _ in range(4)])
     await handle.terminate()
@@ -2293,7 +2304,7 @@ async def query(lab: Lab) -> AsyncIterator[Evidence]:
     """Parcels are asked where they are: under way, ended, deserted; a ledger knows where they have been."""
     single = (without_worker, reads_what_was_sent, changing_query)
     several = (read_while_running, stack_traces, closed_workflows, refused_queries)
-    async with driver(lab):
+    async with driver(lab, Delivery, Watched):
         async for evidence in side_by_side(*(part(lab) for part in (*single, *several))):
             yield evidence
     yield native(
