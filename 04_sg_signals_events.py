@@ -349,7 +349,7 @@ def missing(numbers: Sequence[int], found: Sequence[int]) -> list[int]:
 
 async def wakes_a_workflow(lab: Lab, branch: Branch) -> tuple[Evidence, ...]:
     handle = await branch.open("wake", lab.client)
-    await until(lambda: waits(handle), "the workflow waits")
+    await until(lambda: idle(handle), "the workflow waits")
     before, begun = branch.received(handle), time.monotonic()
     await put(handle, 7)
     await until(lambda: branch.booked(handle), "the signal had an effect")
@@ -370,9 +370,11 @@ async def wakes_a_workflow(lab: Lab, branch: Branch) -> tuple[Evidence, ...]:
     )
 
 
-async def waits(handle: Handle) -> bool:
-    """The first workflow task is done: the workflow's code has run up to where it waits."""
-    return (await count_events(handle))["WORKFLOW_TASK_COMPLETED"] > 0
+async def idle(handle: Handle, activities: int = 0) -> bool:
+    """So many activities are completed, and the workflow has taken note of it and waits again."""
+    count = await count_events(handle)
+    over = sum(count[f"WORKFLOW_TASK_{how}"] for how in ("COMPLETED", "TIMED_OUT", "FAILED"))
+    return count["ACTIVITY_TASK_COMPLETED"] >= activities and 0 < over == count["WORKFLOW_TASK_SCHEDULED"]
 
 
 async def by_another_workflow(lab: Lab, branch: Branch) -> tuple[Evidence, ...]:
@@ -543,6 +545,10 @@ def as_sent(branch: Branch, handle: Handle, stream: Stream) -> dict[str, Any]:
     }
 
 
+MOVED = "a stream of signals while the run continues as new five times: each acknowledged one comes once, in order"
+LEFT_BEHIND = "a workflow that does not take along what is waiting loses what was acknowledged when a new run begins"
+KILLED = "worker and server are killed in mid-stream: every acknowledged signal is there once, in the order sent"
+
 # A setting that no user needs: the server suggests a new run after so few events, instead of 4096.
 SHORT = {"limit.historyCount.suggestContinueAsNew": "40"}
 RUNS = 6
@@ -570,7 +576,7 @@ async def through_new_runs(lab: Lab, branch: Branch, server: Server) -> tuple[Ev
     events = {"events_after_which_a_new_run_is_suggested": 40, "instead_of": 4096}
     return (
         holds(
-            "a stream of signals while the run continues as new five times: each acknowledged one comes once, in order",
+            MOVED,
             **as_sent(branch, handle, stream),
             runs=at_least(branch.runs(handle), RUNS),
             of_another_that_waited_already=equal(sorted(kept) == numbers, True),
@@ -578,7 +584,7 @@ async def through_new_runs(lab: Lab, branch: Branch, server: Server) -> tuple[Ev
             **events,
         ),
         control(
-            "a workflow that does not take along what is waiting loses what was acknowledged when a new run begins",
+            LEFT_BEHIND,
             sent=len(numbers),
             received=equal(len(forgotten), AT_ONCE),
             lost=equal(len(missing(numbers, forgotten)), len(numbers) - AT_ONCE),
@@ -606,7 +612,7 @@ async def kill_worker_and_server(lab: Lab, branch: Branch, server: Server) -> Ev
             await stream.end()
             await close(handle)
     return holds(
-        "worker and server are killed in mid-stream: every acknowledged signal is there once, in the order sent",
+        KILLED,
         **as_sent(branch, handle, stream),
         acknowledged_when_the_worker_was_killed=first,
         when_a_new_one_came=at_least(second, first + 30),
@@ -615,6 +621,7 @@ async def kill_worker_and_server(lab: Lab, branch: Branch, server: Server) -> Ev
     )
 
 
+@piece(holds(MOVED), control(LEFT_BEHIND), holds(KILLED))
 async def on_a_server_of_its_own(lab: Lab, branch: Branch) -> list[Evidence]:
     async with lab.private_server(file=True, settings=SHORT) as server:
         moved = await through_new_runs(lab, branch, server)
@@ -1002,7 +1009,7 @@ async def dismiss(handle: Handle) -> Means:
 async def waits_for_signal(lab: Lab, till: Till) -> Evidence:
     handles = [await till.purchase(f"approved-{seconds}", seconds) for seconds in (None, 3600)]
     for handle in handles:
-        await until(lambda: handle.query(Purchase.seen), "it waits for its approval")  # noqa: B023
+        await until(lambda: idle(handle, 1), "it waits for its approval")  # noqa: B023
     before = [name_of(await status_of(handle)) for handle in handles]
     for handle in handles:
         await handle.signal(Purchase.approve)
@@ -1019,7 +1026,7 @@ async def waits_for_signal(lab: Lab, till: Till) -> Evidence:
 async def never_set(lab: Lab, till: Till) -> tuple[Evidence, ...]:
     """Nobody ever approves. Both purchases wait for the same condition; one of them has a timeout."""
     without = await till.purchase("endless", None)
-    await until(lambda: without.query(Purchase.seen), "it waits for its approval")
+    await until(lambda: idle(without, 1), "it waits for its approval")
     bounded = await till.purchase("bounded", 1)
     how = await ended(bounded)
     status, history = await status_of(without), outline(await without.fetch_history())
@@ -1044,11 +1051,11 @@ async def wait_on_many(lab: Lab, till: Till) -> Evidence:
     await until(lambda: len(till.begun(handle, "ask")) >= 3, "all three are asked")
     early = await handle.query(Purchase.seen)
     open_gate(till.lab.gate("bob"))
-    await until(lambda: handle.query(Purchase.seen), "the first answer is there")
+    await until(lambda: idle(handle, 1), "the first answer is there")
     first, completed = await handle.query(Purchase.seen), (await count_events(handle))["ACTIVITY_TASK_COMPLETED"]
     for seller in ("carl", "anna"):
         open_gate(till.lab.gate(seller))
-    await until(lambda: has_seen(handle, 3), "every answer is there")
+    await until(lambda: idle(handle, 3), "every answer is there")
     every = await handle.query(Purchase.seen)
     await handle.signal(Purchase.approve)
     return works(
@@ -1060,10 +1067,6 @@ async def wait_on_many(lab: Lab, till: Till) -> Evidence:
         seen_in_the_end=equal(every, list(SELLERS)),
         result=equal((await ended(handle)).result, "bought from carl"),
     )
-
-
-async def has_seen(handle: Handle, offers: int) -> bool:
-    return len(await handle.query(Purchase.seen)) >= offers
 
 
 async def sent(message: Awaitable[object]) -> str:
@@ -1245,6 +1248,11 @@ async def taken(handle: Handle, expense: Expense) -> str:
     return "accepted"
 
 
+SO_MANY_UPDATES = "a run takes only so many updates in all, and then refuses every one"
+CONTINUED = "a workflow that continues as new when it is suggested takes more: each update is answered, and done once"
+SO_MANY_SIGNALS = "a run takes only so many signals, and then refuses every one, also that which would end it"
+OUTLIVED = "an update is accepted, worker and server are killed: a client that never saw it gets its answer by its id"
+
 # Settings that no user has, so that the limits are met here after few messages.
 LOWERED = {
     "history.maxTotalUpdates": "40",  # 2000
@@ -1270,14 +1278,14 @@ async def many_in_all(lab: Lab, till: Till, server: Server) -> tuple[Evidence, .
     lowered = "40 updates, and a new run is suggested after half of them, instead of 2000 and nine tenths"
     return (
         limit(
-            "a run takes only so many updates in all, and then refuses every one",
+            SO_MANY_UPDATES,
             server_set_to=lowered,
             answered=equal(len(answers) - 1, 40),
             then=contains(answers[-1], "FAILED_PRECONDITION", "total number"),
             done=equal(spent[0], 40),
         ),
         holds(
-            "a workflow that continues as new when it is suggested takes more: each update is answered, and done once",
+            CONTINUED,
             server_set_to=lowered,
             answered=equal(sum(place.isdecimal() for place in places), UPDATES),
             done=equal(spent[1], UPDATES),
@@ -1297,7 +1305,7 @@ async def many_signals(lab: Lab, till: Till, server: Server) -> Evidence:
     status = name_of(await status_of(handle))
     await handle.terminate()
     return limit(
-        "a run takes only so many signals, and then refuses every one, also that which would end it",
+        SO_MANY_SIGNALS,
         server_set_to="20 signals instead of 10000",
         taken=equal(answers.count("None"), 20),
         events=equal(recorded, 20),
@@ -1328,7 +1336,7 @@ async def killed_while_accepted(lab: Lab, till: Till, server: Server) -> Evidenc
         answer = await sent(update.result())
         left = (await dismiss(newcomer)).left
     return holds(
-        "an update is accepted, worker and server are killed: a client that never saw it gets its answer by its id",
+        OUTLIVED,
         answer=equal(answer, "70"),
         left=equal(left, 70),
         paid=equal(till.paid(handle), [30]),
@@ -1338,6 +1346,7 @@ async def killed_while_accepted(lab: Lab, till: Till, server: Server) -> Evidenc
     )
 
 
+@piece(limit(SO_MANY_UPDATES), holds(CONTINUED), limit(SO_MANY_SIGNALS), holds(OUTLIVED))
 async def with_lowered_limits(lab: Lab, till: Till) -> list[Evidence]:
     async with lab.private_server(file=True, settings=LOWERED) as server:
         async with lab.worker(**till.parts(Variant, server=server)):
@@ -1740,6 +1749,10 @@ async def refused_update_with_start(lab: Lab) -> Evidence:
     )
 
 
+FORGOTTEN = "an id is refused only for as long as the namespace retains the run: after that an event makes a second one"
+
+
+@piece(limit(FORGOTTEN))
 async def forgotten_id(lab: Lab) -> Evidence:
     """An event comes again while its first run is retained, and once more when that has been deleted."""
     order = Order(f"{lab.id}-retained", ["once"])
@@ -1753,7 +1766,7 @@ async def forgotten_id(lab: Lab) -> Evidence:
             await until(lambda: refusal(handle), "the run is deleted")  # noqa: B023
         told.append(await started(lab, order))
     return limit(
-        "an id is refused only for as long as the namespace retains the run: after that an event makes a second one",
+        FORGOTTEN,
         started=equal(told[0], "yes"),
         again=contains(told[1], "already started"),
         when_the_first_run_was_deleted=equal(told[2], "yes"),
@@ -2099,10 +2112,7 @@ def moved(lab: Lab, handle: Handle) -> list[str]:
 
 async def rests(lab: Lab, handle: Handle, places: int) -> bool:
     """So many places are visited, by the ledger and by the history, and the workflow waits again."""
-    count = await count_events(handle)
-    ended = sum(count[f"WORKFLOW_TASK_{how}"] for how in ("COMPLETED", "TIMED_OUT", "FAILED"))
-    idle = ended == count["WORKFLOW_TASK_SCHEDULED"]
-    return len(moved(lab, handle)) >= places <= count["ACTIVITY_TASK_COMPLETED"] and idle
+    return len(moved(lab, handle)) >= places and await idle(handle, places)
 
 
 async def read_while_running(lab: Lab) -> tuple[Evidence, ...]:
