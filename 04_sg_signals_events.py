@@ -1786,7 +1786,7 @@ async def started(lab: Lab, order: Order) -> str:
     return "yes"
 
 
-# Message brokers: each one is a Topic for the lesson's consumer, and a way to start it and to fill it. -----
+# Message brokers: each one is a Topic for the lesson's consumer, with a way to start it and to fill it.
 
 
 class Redis:
