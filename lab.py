@@ -147,6 +147,11 @@ class Books:
         """Enter an amount under a key, once, whether or not it was reversed before."""
         self._do("INSERT OR IGNORE INTO entries VALUES (?, ?)", key, amount)
 
+    def enter_all(self, entries: Mapping[str, int]) -> None:
+        """Enter amounts under their keys in one go, each key once, whether or not it was reversed before."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+            connection.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", entries.items())
+
     def reverse(self, key: str) -> None:
         """Enter the opposite of what stands under a key, once; where nothing does, remember that it was reversed."""
         self._do(
