@@ -243,6 +243,13 @@ GROWING, FLAT = [0.5, 2.0, 2.5, 2.5], [2.0] * 4  # seconds between five attempts
 LATE = 1.0  # seconds that the quickest of several equal attempts may come too late
 
 
+def stretched(policy: RetryPolicy, pace: float) -> RetryPolicy:
+    """The same policy for a slower machine: its intervals are `pace` times as long."""
+    longest = policy.maximum_interval
+    first, longest = policy.initial_interval * pace, longest and longest * pace
+    return replace(policy, initial_interval=first, maximum_interval=longest)
+
+
 @dataclass
 class Script:
     """A provider that answers an order as was agreed for it, the last answer again and again; others not at all."""
@@ -259,13 +266,13 @@ class Paying:
     """The same call under another policy, for several orders at once."""
 
     @workflow.run
-    async def run(self, orders: list[str], policy: str) -> None:
+    async def run(self, orders: list[str], policy: str, pace: float) -> None:
         calls = (
             workflow.execute_activity_method(
                 Payments.charge,
                 Payment(order, 100),
                 start_to_close_timeout=PATIENT,
-                retry_policy=POLICIES[policy],
+                retry_policy=stretched(POLICIES[policy], pace),
             )
             for order in orders
         )
@@ -334,7 +341,7 @@ class Desk:
         """Start a workflow that pays: the lesson's, or under another policy that of so many orders."""
         orders = self.orders(name, answers, count)
         if policy:
-            return await self.lab.start(Paying.run, orders, policy, name=name)
+            return await self.lab.start(Paying.run, orders, policy, slowness(), name=name)
         return await self.lab.start(Checkout.run, Payment(orders[0], 100), name=name, **options)
 
     async def try_case(self, name: str, case: Case) -> Evidence:
@@ -376,8 +383,9 @@ async def retry_after(desk: Desk) -> Evidence:
         "next_retry_delay in the error overrides the policy's interval",
         policy="1 h",
         asked_for="1.5 to 3 s",
-        gaps=len(gaps),
+        gaps=equal(len(gaps), 2),
         shortest=at_least(figure(min(gaps), "s"), 1.5),
+        longest=figure(max(gaps), "s"),
         attempts_that_ran=equal(attempts(desk.lab.calls(handle.id)), [1, 2, 3]),
         status=equal(how.status, "COMPLETED"),
     )
@@ -410,6 +418,7 @@ async def count_survives_kill(lab: Lab) -> Evidence:
         Paying.run,
         ["killed"],
         "four",
+        slowness(),
         name="killed",
         parts={
             "workflows": [Paying],
@@ -438,16 +447,17 @@ async def growing_gaps(desk: Desk) -> list[Evidence]:
     growing, flat = await desk.pay("growing", answers, "growing", 5), await desk.pay("flat", answers, "flat", 5)
     await asyncio.gather(ended(growing), ended(flat))
     grown, even = ([min(each) for each in zip(*desk.gaps(one.id), strict=True)] for one in (growing, flat))
-    names = ("first_gap", "second_gap", "third_gap", "fourth_gap")
+    pace, names = slowness(), ("first_gap", "second_gap", "third_gap", "fourth_gap")
     gaps = {
-        name: between(figure(gap, "s"), wanted, wanted + LATE)
+        name: between(figure(gap, "s"), pace * wanted, pace * (wanted + LATE))
         for name, gap, wanted in zip(names, grown, GROWING, strict=True)
     }
-    lateness = [gap - wanted for gap, wanted in zip(even, FLAT, strict=True)]
+    lateness = [gap - pace * wanted for gap, wanted in zip(even, FLAT, strict=True)]
     return [
         holds(
             "the gaps between attempts grow by the coefficient up to the cap",
             policy="0.5 s, times 4, at most 2.5 s",
+            stretched=pace,
             calls=equal(len(desk.lab.calls(growing.id)), 25),
             **gaps,
         ),
@@ -456,7 +466,7 @@ async def growing_gaps(desk: Desk) -> list[Evidence]:
             policy="2 s",
             gaps=[round(gap, 2) for gap in even],
             earliest=at_least(figure(min(lateness), "s"), 0),
-            latest=at_most(figure(max(lateness), "s"), LATE),
+            latest=at_most(figure(max(lateness), "s"), pace * LATE),
         ),
     ]
 
@@ -508,7 +518,7 @@ async def no_jitter(desk: Desk) -> list[Evidence]:
             shortest=at_least(figure(min(drawn), "s"), 1.99),
             longest=at_most(figure(max(drawn), "s"), 4.01),
             spread=at_least(figure(max(drawn) - min(drawn), "s"), 0.5),
-            called_again_within=figure(drawn_again, "s"),
+            called_again_within=at_least(figure(drawn_again, "s"), 0.5),
         ),
         limit(
             "retries have no jitter: callers that failed together come back together",
@@ -903,7 +913,7 @@ class DiesDeciding:
 
 async def task_timeout(lab: Lab) -> Evidence:
     """The third clock bounds the worker's answer to a workflow task. It is not an end, but a second try."""
-    ledger, queue, bound = lab.file("deciding"), f"{lab.id}-deciding", timedelta(seconds=2)
+    ledger, queue, bound = lab.file("deciding"), f"{lab.id}-deciding", timedelta(seconds=2 * slowness())
     handle = await lab.start(DiesDeciding.run, ledger, name="deciding", task_queue=queue, task_timeout=bound)
     async with lab.worker_process([DiesDeciding], task_queue=queue) as worker:
         await worker.wait()
@@ -913,10 +923,11 @@ async def task_timeout(lab: Lab) -> Evidence:
     after = when(events, "WORKFLOW_TASK_TIMED_OUT") - when(events, "WORKFLOW_TASK_STARTED")
     return holds(
         "worker killed inside a workflow task: the task times out and another worker takes it",
-        task_timeout="2 s (by default 10 s)",
-        given_up_after=between(figure(after, "s"), 2, 9.5),
+        task_timeout=figure(bound.total_seconds(), "s"),
+        by_default="10 s",
+        given_up_after=between(figure(after, "s"), bound.total_seconds(), 4.5 * bound.total_seconds()),
         tasks_timed_out=at_least(count["WORKFLOW_TASK_TIMED_OUT"], 1),
-        times_the_code_ran=equal(len(notes(ledger)), 1 + count["WORKFLOW_TASK_TIMED_OUT"]),
+        times_the_code_ran=at_least(len(notes(ledger)), 2),
         status=equal(how.status, "COMPLETED"),
     )
 
@@ -999,20 +1010,20 @@ async def goes_on(hall: Hall) -> list[Evidence]:
 
 
 async def zombie(hall: Hall) -> Evidence:
-    """A worker is stopped with its answer in its mouth. It wakes when another's answer has been taken.
+    """A worker is stopped when it has done the work and not yet said so. It wakes when another's answer was taken.
 
     It has one place for activities, so that it asks for the next one only when it has reported the first.
     """
     lab, queue = hall.lab, f"{hall.lab.id}-zombie"
     gate = lab.gate("zombie")
-    limits = Limits(start_to_close=soon().total_seconds(), attempts=2, task_queue=queue, lingers=True)
+    limits = Limits(start_to_close=soon().total_seconds(), attempts=0, task_queue=queue, lingers=True)
     stopped: dict[str, Any] = {
         "faults": [withhold("print_report", gate, silent=True).of(queue)],
         "max_concurrent_activities": 1,
     }
     async with lab.worker_process([], [hall.press("the first").print_report], task_queue=queue, **stopped) as first:
         handle = await hall.start("zombie", limits)
-        await until(lambda: "ended 1" in story(lab, queue), "the first attempt has done its work")
+        await until(lambda: lab.calls(queue, "ended"), "an attempt has done its work")
         os.kill(first.pid, signal.SIGSTOP)
         async with hall.worker(hall.press("the second"), queue):
             await until(lambda: is_done(handle), "the second attempt's answer was taken", every=0.2)
@@ -1024,7 +1035,8 @@ async def zombie(hall: Hall) -> Evidence:
     how = await ended(handle)
     return holds(
         "a worker that was stopped until another's attempt had succeeded wakes and reports: the other's answer stays",
-        attempts=equal(story(lab, queue), ["begun 1", "ended 1", "begun 2", "ended 2"]),
+        attempts_that_ended=at_least(len(lab.calls(queue, "ended")), 2),
+        ended_first_in_the_worker_that_was_stopped=equal(lab.calls(queue, "ended")[0].pid == first.pid, True),
         next_answer_of_the_first=equal(next_one.result, "stored by the first"),
         result=equal(how.result, "stored by the second"),
         completions_in_the_history=equal(outline(await handle.fetch_history()).count("ActivityTaskCompleted"), 1),

@@ -103,7 +103,7 @@ FALLS = [
     # What the service answered is asked for again and again.
     Fall("RT-03", 'non_retryable_error_types=["ServiceDown", "CircuitOpen"]', "non_retryable_error_types=[]", None),
     # The details are there, and nobody reads them.
-    Fall("RT-04", "if details else 0", "if False else 0", 1, ["a stalled activity", "behind the last details"]),
+    Fall("RT-04", "if details else 0", "if False else 0", None, ["a stalled activity", "behind the last details"]),
     # The heartbeat comes before the work that it tells of.
     Fall("RT-04", '        self.stock.put(f"{batch.name}/{item}")\n        activity.heartbeat(item)  #',
          '        activity.heartbeat(item)\n        self.stock.put(f"{batch.name}/{item}")  #', 1,
