@@ -22,6 +22,7 @@ from common import (
     limit,
     native,
     one_of,
+    piece,
     side_by_side,
     slowness,
     works,
@@ -1503,6 +1504,10 @@ class BuyByNexus:
         return await billing.execute_operation(Billing.pay, order, schedule_to_close_timeout=timedelta(minutes=2))
 
 
+@piece(
+    holds("a breaker that continues as new keeps its count and its state"),
+    limit("the server's own breaker, for Nexus operations, does not fail fast: its callers wait"),
+)
 async def on_a_server_of_its_own(lab: Lab) -> list[Evidence]:
     """Its threshold for continue-as-new is lowered, to see it passed, and it has a Nexus endpoint."""
     create = ("operator", "nexus", "endpoint", "create", "--name", lab.id, "--target-namespace", "default")
