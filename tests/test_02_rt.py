@@ -39,6 +39,8 @@ FALLS = [
     # One attempt less than was said, and none is left for the worker that comes after the kill.
     Fall("RT-01", "maximum_attempts=4)", "maximum_attempts=2)", 3, ["until the attempts are used up", "worker killed"]),
     # An error that asks for a shorter wait.
+    # One that does not ask, so that the policy alone decides.
+    Fall("RT-01", "next_retry_delay=delay)", ")", None, ["overrides the policy"]),
     Fall("RT-01", "busy = Answer(429, retry_after=1.5)", "busy = Answer(429, retry_after=0.2)", 3,
          ["overrides the policy"]),
     # A workflow without a policy of its own.
@@ -49,7 +51,7 @@ FALLS = [
     # Jitter could not be seen if it were there.
     Fall("RT-01", "random.uniform(1, 2)", "1.5", None),
     # With jitter, the limit would be gone: nothing but the measurement caps the stars.
-    Fall("RT-01", 'herd(desk, "equal", "flat", DOWN)', 'herd(desk, "equal", "hourly", Answer(429, retry_after=2))', 5,
+    Fall("RT-01", 'herd(desk, "equal", "flat", DOWN)', 'herd(desk, "equal", "long", Answer(429, retry_after=2))', 5,
          ["have no jitter"]),
     # No heartbeat timeout: the silence is never noticed.
     Fall("RT-02", "heartbeat_timeout=seconds(limits.heartbeat)", "heartbeat_timeout=None", 2, ["falls silent"]),
