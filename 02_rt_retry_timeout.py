@@ -566,7 +566,7 @@ async def retry_strategy(lab: Lab) -> AsyncIterator[Evidence]:
 # RT-02 Timeout system --------------------------------------------------------------------------------
 # The server keeps the clocks. Each timeout answers a question of its own: how long may an attempt take, all
 # attempts together, the wait for a worker, and the silence between two heartbeats? What was given up is not
-# stopped by it, with heartbeats or without: whatever an activity does must bear a second one beside it.
+# stopped at once, with heartbeats or without: whatever an activity does must bear a second one beside it.
 
 
 @dataclass
@@ -590,7 +590,11 @@ class Press:
 
     @activity.defn
     def print_report(self, report: Report) -> str:
-        """An attempt that was given up hears of it by a heartbeat, later: its retry may be at work already."""
+        """Draw and store a report.
+
+        An attempt that was given up hears of it later, by a heartbeat, or when its own worker finds its time over:
+        the next one may be at work already.
+        """
         for page in range(1, report.pages + 1):
             self.archive.draw(report.key, page)
             activity.heartbeat(page)
@@ -997,7 +1001,7 @@ async def two_at_work(hall: Hall, name: str, task_queue: str | None = None) -> t
 
 
 async def goes_on(hall: Hall) -> list[Evidence]:
-    """A timeout is the server's decision. The code that it gave up hears of it only through a heartbeat."""
+    """A timeout is the server's decision. The code that it gave up hears of it later, by a heartbeat."""
     heap, beating = f"{hall.lab.id}-heap", f"{hall.lab.id}-beating"
     hall.faults.append(hold("print_report", "").of(beating))
     short = 2 * pace()
@@ -1010,7 +1014,7 @@ async def goes_on(hall: Hall) -> list[Evidence]:
     told = story(hall.lab, beating)
     return [
         limit(
-            "an attempt that was given up is not stopped: it goes on beside its retry",
+            "an attempt that was given up is not stopped at once: it goes on beside its retry",
             without_heartbeats=equal(silent[:2], ["begun 1", "begun 2"]),
             then=contains(silent[2:], "ended 1"),
         ),
@@ -1030,6 +1034,22 @@ async def goes_on(hall: Hall) -> list[Evidence]:
             in_the_archive=equal(heaped, [1, 1]),
         ),
     ]  # fmt: skip
+
+
+async def overdue(hall: Hall) -> Evidence:
+    """The worker knows the limit, too: an attempt that never heartbeats is cancelled there, and not by the server."""
+    lab, short, id = hall.lab, 2 * pace(), f"{hall.lab.id}-overdue"
+    hall.faults.append(hold("print_report", "", silent=True).of(id))
+    how = await ended(await hall.start("overdue", Limits(start_to_close=short)))
+    await until(lambda: lab.calls(id, "failed"), "the attempt was cancelled")
+    lasted = lab.calls(id, "failed")[0].at - lab.calls(id)[0].at
+    return holds(
+        "an attempt without heartbeats is cancelled by its own worker, some seconds after its time is over",
+        start_to_close=figure(short, "s"),
+        ended=equal(how.result, "START_TO_CLOSE"),
+        ledger=equal(story(lab, id), ["begun 1", "failed 1"]),
+        cancelled_after=at_least(figure(lasted, "s"), short),
+    )
 
 
 async def zombie(hall: Hall) -> Evidence:
@@ -1074,7 +1094,7 @@ async def is_done(handle: WorkflowHandle[Any, Any]) -> bool:
 async def timeout_system(lab: Lab) -> AsyncIterator[Evidence]:
     """Jobs that hang run into each timeout; the gaps are taken from the server's events, what ran from a ledger."""
     hall = Hall(lab)
-    of_hall = (each_fires, all_attempts_together, nobody_alive, goes_on, zombie)
+    of_hall = (each_fires, all_attempts_together, nobody_alive, goes_on, overdue, zombie)
     parts = (*(part(hall) for part in of_hall), run_and_execution(lab), task_timeout(lab))
     async with lab.worker([MonthlyReport, Timed, Relay], [hall.press().print_report], faults=hall.faults):
         async for evidence in side_by_side(*parts):

@@ -82,6 +82,9 @@ FALLS = [
     # The attempt that was given up heartbeats, is told, and does not come to its end.
     Fall("RT-02", "await hall.held(name, limits, pages=0)", "await hall.held(name, limits, pages=2)", 3,
          ["is not stopped", "count once"]),
+    # An attempt without heartbeats that has a retry beside it.
+    Fall("RT-02", "Limits(start_to_close=short))", "Limits(start_to_close=short, attempts=2))", 3,
+         ["cancelled by its own worker"]),
     # There is no second attempt for the one that heartbeats to go on beside.
     Fall("RT-02", "heartbeat=5 * short, attempts=2)", "heartbeat=5 * short, attempts=1)", 4, ["one that heartbeats"]),
     # A breaker that does not close when the service is back.
