@@ -24,6 +24,7 @@ from common import (
     holds,
     limit,
     native,
+    piece,
     side_by_side,
     slowness,
     words,
@@ -260,8 +261,10 @@ async def kinds_of_step(lab: Lab, threads: Threads) -> list[Evidence]:
     ]
 
 
+@piece(works("a standalone activity is run and retried without any workflow"))
 async def standalone(lab: Lab) -> Evidence:
     """An activity started by the client itself: a durable, retried job without a workflow around it."""
+    lab.needs("standalone activities")
     id = f"{lab.id}-standalone"
     result = await lab.client.execute_activity(
         weigh,
@@ -735,6 +738,12 @@ class OrderFromChild:
         return await workflow.execute_child_workflow(Pack.run, shipment, id=f"{me}/child", task_queue=queue)
 
 
+BY_NEXUS = "another namespace is called by Nexus: an answer at once, and the result of a workflow when it is done"
+BACK_BY_NEXUS = "a failure comes back over Nexus with its cause, and a cancel of the caller reaches the workflow there"
+NO_CHILD = "a child cannot cross: on the same task queue its own namespace has no worker, and it waits"
+
+
+@piece(holds(BY_NEXUS), holds(BACK_BY_NEXUS), control(NO_CHILD))
 async def across_namespaces(lab: Lab) -> list[Evidence]:
     """Orders are in one namespace, the packers in another one of a server of our own."""
     queue, gate = f"{lab.id}-packers", lab.gate("nexus")
@@ -775,7 +784,7 @@ async def across_namespaces(lab: Lab) -> list[Evidence]:
             unheard = (await count_events(child))["WORKFLOW_TASK_STARTED"]
     return [
         holds(
-            "another namespace is called by Nexus: an answer at once, and the result of a workflow when it is done",
+            BY_NEXUS,
             result=equal([done.status, done.result], ["COMPLETED", "lamp packed for 9 euros"]),
             operations_answered_at_once_and_later=equal(
                 [
@@ -788,14 +797,14 @@ async def across_namespaces(lab: Lab) -> list[Evidence]:
             asked_for_it_here=equal(name_of(here), "NOT_FOUND"),
         ),
         holds(
-            "a failure comes back over Nexus with its cause, and a cancel of the caller reaches the workflow there",
+            BACK_BY_NEXUS,
             failed=equal(failed.status, "FAILED"),
             why=contains(failed.why, "too heavy"),
             cancelled=equal(cancelled.status, "CANCELED"),
             there=equal([behind["piano"], behind["sofa"]], ["FAILED", "CANCELED"]),
         ),
         control(
-            "a child cannot cross: on the same task queue its own namespace has no worker, and it waits",
+            NO_CHILD,
             times_it_was_taken=equal(unheard, 0),
             order_by_nexus_on_that_queue=equal(done.status, "COMPLETED"),
         ),
@@ -1633,6 +1642,8 @@ async def schedule(
     client: Client | None = None,
 ) -> AsyncIterator[ScheduleHandle]:
     """A schedule that starts a workflow, deleted on leaving the block: otherwise it would go on for ever."""
+    if client is None:
+        lab.needs("schedules")
     id = f"{lab.id}-{name}"
     action = ScheduleActionStartWorkflow(run, id=id, task_queue=lab.task_queue)
     state, policy = ScheduleState(paused=paused), SchedulePolicy(overlap=overlap)
@@ -1665,6 +1676,12 @@ def gaps(times: Sequence[datetime]) -> list[float]:
     return [(after - before).total_seconds() for before, after in itertools.pairwise(times)]
 
 
+AT_ITS_INTERVAL = "a schedule runs at its interval, not while paused but for a trigger, and goes on when unpaused"
+NO_DRIFT = "over twenty firings the due times do not drift, and no run begins before its own"
+NOTHING_AFTER = "after it is deleted nothing fires, while another schedule goes on"
+
+
+@piece(holds(AT_ITS_INTERVAL), holds(NO_DRIFT), holds(NOTHING_AFTER))
 async def interval_and_pause(lab: Lab) -> list[Evidence]:
     """Runs every second twenty times, is paused, triggered by hand while paused, goes on, and is deleted."""
     name = "interval"
@@ -1690,20 +1707,20 @@ async def interval_and_pause(lab: Lab) -> list[Evidence]:
         gone = await schedule_refusal(handle)
     return [
         holds(
-            "a schedule runs at its interval, not while paused but for a trigger, and goes on when unpaused",
+            AT_ITS_INTERVAL,
             runs_in_3_s_of_pause=equal(in_pause, 0),
             by_trigger=equal(triggered, 1),
             gaps_between_the_due_times=equal(set(gaps(due)), {1.0}),
         ),
         holds(
-            "over twenty firings the due times do not drift, and no run begins before its own",
+            NO_DRIFT,
             firings=at_least(len(due), 20),
             from_the_first_to_the_last=equal((due[-1] - due[0]).total_seconds(), float(len(due) - 1)),
             earliest_start_after_its_due_time=at_least(figure(late.low, "s"), 0),
             start_after_due_time=late,
         ),
         holds(
-            "after it is deleted nothing fires, while another schedule goes on",
+            NOTHING_AFTER,
             due_later_than_1_s_after=equal(len(after), 0),
             asked_for_it=equal(gone, "NOT_FOUND"),
         ),
@@ -1737,6 +1754,7 @@ async def made_up_for(
     return reported(lab, name)
 
 
+@piece(holds("a backfill makes up for exactly the hours asked for"))
 async def backfill(lab: Lab) -> Evidence:
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     wanted = [hour - timedelta(hours=number) for number in range(10, 0, -1)]
@@ -1748,6 +1766,7 @@ async def backfill(lab: Lab) -> Evidence:
     )
 
 
+@piece(holds("cron strings: each second, and half past nine on weekdays in a time zone"))
 async def cron(lab: Lab) -> Evidence:
     """A cron string with seconds that fires, and the one of the lesson, whose next times are computed here as well."""
     zone = ZoneInfo("Europe/Berlin")
@@ -1806,6 +1825,13 @@ def daily(time: str) -> ScheduleSpec:
     return ScheduleSpec(cron_expressions=[f"{int(minute)} {int(hour)} * * *"], time_zone_name=NEW_YORK.key)
 
 
+LOCAL_TIME_KEPT = "a daily cron in New York keeps its local time when summer time begins"
+LEFT_OUT = "a time that summer time leaves out is left out: on that day a schedule at 2:30 does not run"
+TWICE = "a time that comes twice runs twice: on the day that summer time ends a schedule at 1:30 does"
+NO_ZONE = "an interval takes no notice of the time zone that it is given: every 24 hours stays 24 hours"
+
+
+@piece(holds(LOCAL_TIME_KEPT), limit(LEFT_OUT), limit(TWICE), limit(NO_ZONE))
 async def summer_time(lab: Lab) -> list[Evidence]:
     spring, autumn, noon, interval = await asyncio.gather(
         over_a_change(lab, "spring", 1, daily("2:30"), 2),
@@ -1815,23 +1841,23 @@ async def summer_time(lab: Lab) -> list[Evidence]:
     )
     return [
         holds(
-            "a daily cron in New York keeps its local time when summer time begins",
+            LOCAL_TIME_KEPT,
             runs=equal(noon[0], ["the day before 12:30 EST", "that day 12:30 EDT", "the day after 12:30 EDT"]),
             hours_between=equal(noon[1], [23.0, 24.0]),
         ),
         limit(
-            "a time that summer time leaves out is left out: on that day a schedule at 2:30 does not run",
+            LEFT_OUT,
             runs=equal(spring[0], ["the day before 02:30 EST", "the day after 02:30 EDT"]),
         ),
         limit(
-            "a time that comes twice runs twice: on the day that summer time ends a schedule at 1:30 does",
+            TWICE,
             runs=equal(
                 autumn[0],
                 ["the day before 01:30 EDT", "that day 01:30 EDT", "that day 01:30 EST", "the day after 01:30 EST"],
             ),
         ),
         limit(
-            "an interval takes no notice of the time zone that it is given: every 24 hours stays 24 hours",
+            NO_ZONE,
             hours_between=equal(interval[1], [24.0, 24.0]),
             runs=equal([one[-3:] for one in interval[0]], ["EST", "EDT", "EDT"]),
             local_times=[one[-9:] for one in interval[0]],
@@ -1839,6 +1865,7 @@ async def summer_time(lab: Lab) -> list[Evidence]:
     ]
 
 
+@piece(holds("a cron expression or a time zone that is none is refused, and the schedule is not stored"))
 async def bad_schedules(lab: Lab) -> Evidence:
     """What is refused must not be stored either. What is stored after all is deleted."""
 
@@ -1935,6 +1962,7 @@ async def actions(handle: ScheduleHandle) -> list[str]:
     return [one.action.workflow_id for one in recent if isinstance(one.action, ScheduleActionExecutionStartWorkflow)]
 
 
+@piece(holds("the six overlap policies do what they say when two more runs fall due while one is at work"))
 async def overlap_policies(lab: Lab) -> Evidence:
     found = dict(zip(OVERLAPS, await asyncio.gather(*(overlapping(lab, policy) for policy in OVERLAPS)), strict=True))
     return holds(
@@ -2085,8 +2113,8 @@ async def example_wf_06(client: Client) -> None:
         max_task_queue_activities_per_second=50,  # of the queue, whatever its number of workers
     )
     async with worker:
-        for one in waiting:
-            print(await one.result())
+        for done in asyncio.as_completed([one.result() for one in waiting]):
+            print(await done)
 
 
 # WF-06 put to the test -------------------------------------------------------------------------------
@@ -2107,6 +2135,8 @@ async def submit(
     queue: str = "",
 ) -> list[ActivityHandle[str]]:
     """Start an activity per customer, one after the other, on a queue of their own."""
+    if server is None:
+        lab.needs("standalone activities")
     client, prefix = server.client if server else lab.client, f"{lab.id}-{name}"
     return [
         await client.start_activity(
@@ -2128,6 +2158,10 @@ async def all_served(lab: Lab, name: str, count: int) -> None:
 CROWD = 24
 
 
+@piece(
+    works("max_concurrent_activities=4 is reached and never exceeded"),
+    control("the same load without the limit exceeds it"),
+)
 async def concurrency_limit(lab: Lab) -> list[Evidence]:
     """The same tickets, held until enough are at work: one worker takes four of them, one takes what comes."""
     gate = lab.gate("crowd")
@@ -2167,6 +2201,12 @@ RATE, LOAD = 10, 60
 BURST = 2.5
 
 
+RATE_KEPT = f"max_task_queue_activities_per_second={RATE} is kept by {LOAD} waiting activities, but for a burst"
+SOONER = "the same load without the rate is given out sooner"
+FIRST_SECOND = "in its first second a limited queue lets a burst through"
+
+
+@piece(works(RATE_KEPT), control(SOONER), limit(FIRST_SECOND))
 async def rate_limit(lab: Lab) -> list[Evidence]:
     """When the server gave each ticket out, by its own clock: a slow worker cannot make it look slower or faster."""
     taken, limits = {}, {"rate": RATE, "no-rate": None}
@@ -2179,14 +2219,12 @@ async def rate_limit(lab: Lab) -> list[Evidence]:
     first = len([moment for moment in limited if moment < 1])
     return [
         works(
-            f"max_task_queue_activities_per_second={RATE} is kept by {LOAD} waiting activities, but for a burst",
+            RATE_KEPT,
             seconds=at_least(figure(limited[-1], "s"), (LOAD - BURST * RATE) / RATE),
             given_out_in_each_second=[Counter(map(int, limited))[second] for second in range(int(limited[-1]) + 1)],
         ),
-        control(
-            "the same load without the rate is given out sooner", seconds=at_most(figure(free[-1], "s"), limited[-1])
-        ),
-        limit("in its first second a limited queue lets a burst through", given_out=at_least(first, 1.2 * RATE)),
+        control(SOONER, seconds=at_most(figure(free[-1], "s"), limited[-1])),
+        limit(FIRST_SECOND, given_out=at_least(first, 1.2 * RATE)),
     ]
 
 
@@ -2201,8 +2239,10 @@ async def given_out(handles: Sequence[ActivityHandle[Any]]) -> list[float]:
 SLOW = 5
 
 
+@piece(holds(f"a rate of {SLOW}/s, set at run time on the queue, is kept, and unset it is free again"))
 async def rate_at_run_time(lab: Lab) -> Evidence:
     """An operator slows a queue down and frees it again; its worker is not touched."""
+    lab.needs("standalone activities", "task queue settings")
     count, queue, took = 30, f"{lab.id}-throttled", {}
 
     async def set_rate(rate: str) -> None:
