@@ -30,7 +30,6 @@ from common import (
     words,
     works,
 )
-from harness.faults import calls_in
 from lab import (
     Call,
     Fault,
@@ -672,23 +671,27 @@ async def over_a_new_run(lab: Lab) -> list[Evidence]:
 async def outlive_the_worker(lab: Lab) -> Evidence:
     id, gate = f"{lab.id}-outlive", lab.gate()
     goods = Purchase([Shipment("vase")], packers=f"{id}-packers")
-    parent = await lab.start(Order.run, goods, name="outlive", task_queue=id)
-    child = lab.client.get_workflow_handle(f"{id}/vase")
-    async with lab.worker([Pack], [pack], task_queue=goods.packers, faults=[hold("pack", gate)]):
-        async with lab.worker_process([Order, Track], task_queue=id) as worker:
-            await until(lambda: happened(parent, "CHILD_WORKFLOW_EXECUTION_STARTED"), "the child has started")
-            await until(lambda: happened(parent, "WORKFLOW_TASK_COMPLETED", 2), "the parent knows that it has")
-            await worker.kill()
+    parent, child = (lab.client.get_workflow_handle(one) for one in (id, f"{id}/vase"))
+    seen: list[Any] = []
+
+    async def packed() -> None:
         open_gate(gate)
-        packed = await ended(child)
-        waiting = name_of(await status_of(parent))
-    async with lab.worker([Order, Track], [call_back], task_queue=id):
-        heard = await ended(parent)
-        await child_of(lab, id, "track").cancel()
-        await ended(child_of(lab, id, "track"))
+        seen.extend([await ended(child), name_of(await status_of(parent))])
+
+    async with lab.worker([Pack], [pack], task_queue=goods.packers, faults=[hold("pack", gate)]):
+        taken = await lab.take_over(
+            Order.run,
+            goods,
+            name="outlive",
+            parts={"workflows": [Order, Track]},
+            point=lambda: happened(parent, "WORKFLOW_TASK_COMPLETED", 2),  # it knows that its child has started
+            meanwhile=packed,
+        )
+    await child_of(lab, id, "track").terminate()
+    (alone, waiting), heard = seen, taken.ending
     return holds(
         "a child outlives its parent's worker, and the parent gets its result when it has a worker again",
-        child=equal([packed.status, packed.result], ["COMPLETED", "vase packed"]),
+        child=equal([alone.status, alone.result], ["COMPLETED", "vase packed"]),
         parent_then=equal(waiting, "RUNNING"),
         with_a_new_worker=equal([heard.status, heard.result], ["COMPLETED", ["vase packed"]]),
     )
@@ -997,7 +1000,7 @@ def numbers(lab: Lab, workflow: str, what: str) -> list[int]:
 
 def at_once(lab: Lab, workflow: str) -> int:
     """How many activities of a workflow were at work at the same time at most."""
-    return most_at_once([call for call in calls_in(lab.file("calls")) if call.workflow == workflow])
+    return most_at_once(lab.calls(workflow, ""))
 
 
 async def all_at_once(lab: Lab) -> list[Evidence]:
@@ -1423,6 +1426,39 @@ async def loop_in_one_run(lab: Lab, server: Server) -> Evidence:
     )
 
 
+@workflow.defn
+class Round:
+    """A loop that begins a child in its first run, and waits for it before the second one, or leaves it open."""
+
+    @workflow.run
+    async def run(self, waits: bool, first: bool) -> None:
+        if first:
+            id = f"{workflow.info().workflow_id}/child"
+            child = await workflow.start_child_workflow(LongLoop.run, Tally(3), id=id)
+            if waits:
+                await child
+            workflow.continue_as_new(args=[waits, False])
+
+
+async def child_in_a_loop(lab: Lab, server: Server) -> list[Evidence]:
+    ends = {}
+    for name in ("waits", "leaves"):
+        start = server.client.start_workflow
+        handle = await start(Round.run, args=[name == "waits", True], id=f"{lab.id}-{name}", task_queue=lab.task_queue)
+        child = await ended(server.client.get_workflow_handle(f"{handle.id}/child"))
+        ends[name] = [child.status, child.result.total if child.result else None, (await ended(handle)).status]
+    return [
+        holds(
+            "a loop that waits for its child before it begins a new run has the child's result",
+            child_and_loop=equal(ends["waits"], ["COMPLETED", 5, "COMPLETED"]),
+        ),
+        control(
+            "left open, the child is terminated when the loop begins its new run",
+            child_and_loop=equal(ends["leaves"], ["TERMINATED", None, "COMPLETED"]),
+        ),
+    ]
+
+
 @WF.item("WF-04", "Branching and loops", seconds=150)
 async def branching_and_loops(lab: Lab) -> AsyncIterator[Evidence]:
     """Paths are compared with what the ledger says was done; a long loop meets a server with low limits."""
@@ -1436,9 +1472,13 @@ async def branching_and_loops(lab: Lab) -> AsyncIterator[Evidence]:
     )
     async with (
         lab.private_server(settings=LOW_LIMITS) as server,
-        lab.worker([LongLoop, LoopInOneRun], [square], server=server),
-    ):
-        async for evidence in side_by_side(long_loop(lab, server), loop_in_one_run(lab, server)):
+        lab.worker(
+            [LongLoop, LoopInOneRun, Round], [square], server=server,
+            faults=[hold("square", "").of(f"{lab.id}-leaves/child")],
+        ),
+    ):  # fmt: skip
+        loops = (part(lab, server) for part in (long_loop, loop_in_one_run))
+        async for evidence in side_by_side(*loops, child_in_a_loop(lab, server)):
             yield evidence
     yield native(
         "control flow is Python's; the suggestion and the new run are the SDK's",
@@ -1446,6 +1486,7 @@ async def branching_and_loops(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.execute_activity,
         workflow.execute_activity_method,
         workflow.sleep,
+        workflow.start_child_workflow,
         workflow.Info.is_continue_as_new_suggested,
         workflow.continue_as_new,
     )
@@ -1546,23 +1587,29 @@ async def example_wf_05(client: Client) -> None:
 
 
 async def no_worker_alive(lab: Lab) -> Evidence:
-    queue, naps = f"{lab.id}-alone", [1.5 * slowness(), 3 * slowness()]  # time enough to kill before the first
-    handle = await lab.start(Nap.run, naps, name="alone", task_queue=queue)
-    async with lab.worker_process([Nap], task_queue=queue) as worker:
-        await until(lambda: happened(handle, "TIMER_STARTED", 2), "the timers are set")
-        await worker.kill()
-    await until(lambda: happened(handle, "TIMER_FIRED", 2), "both timers have fired")
-    tasks = (await count_events(handle))["WORKFLOW_TASK_COMPLETED"]
-    async with lab.worker([Nap], task_queue=queue):
-        how = await ended(handle)
+    naps = [1.5 * slowness(), 3 * slowness()]  # time enough to kill the worker before the first is over
+    handle, done = lab.client.get_workflow_handle(f"{lab.id}-alone"), list[int]()
+
+    async def fired() -> None:
+        await until(lambda: happened(handle, "TIMER_FIRED", 2), "both timers have fired")
+        done.append((await count_events(handle))["WORKFLOW_TASK_COMPLETED"])
+
+    taken = await lab.take_over(
+        Nap.run,
+        naps,
+        name="alone",
+        parts={"workflows": [Nap]},
+        point=lambda: happened(handle, "TIMER_STARTED", 2),
+        meanwhile=fired,
+    )
     took = [(await fired_after(handle, number)) for number in (0, 1)]
     return works(
         "a timer fires while no worker is alive, not before its time and before a later one",
-        workflow_tasks_done_by_then=equal(tasks, 1),
+        workflow_tasks_done_by_then=equal(done, [1]),
         timers=naps,
         first_fired_after=between(figure(took[0], "s"), naps[0], took[1]),
         second_fired_after=at_least(figure(took[1], "s"), naps[1]),
-        with_a_new_worker=equal(how.status, "COMPLETED"),
+        with_a_new_worker=equal(taken.ending.status, "COMPLETED"),
     )
 
 
@@ -2192,8 +2239,7 @@ async def concurrency_limit(lab: Lab) -> list[Evidence]:
 
 
 def most_of(lab: Lab, name: str) -> int:
-    calls = calls_in(lab.file("calls"))
-    return most_at_once([call for call in calls if call.argument["number"].startswith(f"{lab.id}-{name}-")])
+    return most_at_once(served(lab, name, ""))
 
 
 RATE, LOAD = 10, 60
