@@ -121,9 +121,12 @@ async def lasted(handle: WorkflowHandle[Any, Any]) -> float:
 
 async def happened(handle: WorkflowHandle[Any, Any], event_type: str, times: int = 1) -> bool:
     """Whether so many events of one type are in a run's history; there may be no such run yet."""
-    if await refusal(handle) == RPCStatusCode.NOT_FOUND:
+    try:
+        return (await count_events(handle))[event_type] >= times
+    except RPCError as error:
+        if error.status != RPCStatusCode.NOT_FOUND:
+            raise
         return False
-    return (await count_events(handle))[event_type] >= times
 
 
 def most_at_once(calls: Sequence[Call]) -> int:
@@ -1009,11 +1012,11 @@ async def all_at_once(lab: Lab) -> list[Evidence]:
     single = await lab.start(OneByOne.run, [Picture(number) for number in range(WIDTH)], name="single")
     await until(lambda: happened(together, "WORKFLOW_TASK_COMPLETED"), "the workflow has begun what it will")
     begun = (await count_events(together))["ACTIVITY_TASK_SCHEDULED"]
-    await until(lambda: len(numbers(lab, together.id, "begun")) == begun, "all these are at work")
+    await until(lambda: len(numbers(lab, together.id, "begun")) == begun, "all these are at work", every=0.2)
     await until(lambda: numbers(lab, single.id, "begun"), "the other workflow has begun, too")
     alone = numbers(lab, single.id, "begun")
     open_gate(lab.gate("together"))
-    await until(lambda: len(numbers(lab, together.id, "ended")) == begun - 1, "all but the first are done")
+    await until(lambda: len(numbers(lab, together.id, "ended")) == begun - 1, "all but the first are done", every=0.2)
     open_gate(lab.gate("first"))
     results = [await together.result(), await single.result()]
     order = list(range(WIDTH))
@@ -1039,7 +1042,7 @@ async def all_at_once(lab: Lab) -> list[Evidence]:
 async def one_of_ten_fails(lab: Lab, which: Any, name: str) -> WorkflowHandle[Any, Any]:
     """Ten pictures are at work when the fourth fails for good."""
     handle = await lab.start(which.run, [Picture(number) for number in range(10)], name=name)
-    await until(lambda: len(numbers(lab, handle.id, "begun")) == 10, "ten pictures are at work")
+    await until(lambda: len(numbers(lab, handle.id, "begun")) == 10, "ten pictures are at work", every=0.2)
     open_gate(lab.gate(f"{name}-fails"))
     return handle
 
@@ -1445,8 +1448,9 @@ async def child_in_a_loop(lab: Lab, server: Server) -> list[Evidence]:
     for name in ("waits", "leaves"):
         start = server.client.start_workflow
         handle = await start(Round.run, args=[name == "waits", True], id=f"{lab.id}-{name}", task_queue=lab.task_queue)
+        loop = await ended(handle)
         child = await ended(server.client.get_workflow_handle(f"{handle.id}/child"))
-        ends[name] = [child.status, child.result.total if child.result else None, (await ended(handle)).status]
+        ends[name] = [child.status, child.result and child.result["total"], loop.status]
     return [
         holds(
             "a loop that waits for its child before it begins a new run has the child's result",
@@ -1726,18 +1730,20 @@ def gaps(times: Sequence[datetime]) -> list[float]:
 AT_ITS_INTERVAL = "a schedule runs at its interval, not while paused but for a trigger, and goes on when unpaused"
 NO_DRIFT = "over twenty firings the due times do not drift, and no run begins before its own"
 NOTHING_AFTER = "after it is deleted nothing fires, while another schedule goes on"
+CRON = "cron strings: each second, and half past nine on weekdays in a time zone"
 
 
-@piece(holds(AT_ITS_INTERVAL), holds(NO_DRIFT), holds(NOTHING_AFTER))
+@piece(holds(AT_ITS_INTERVAL), holds(NO_DRIFT), holds(NOTHING_AFTER), holds(CRON))
 async def interval_and_pause(lab: Lab) -> list[Evidence]:
     """Runs every second twenty times, is paused, triggered by hand while paused, goes on, and is deleted."""
-    name = "interval"
-    async with schedule(lab, name, each(seconds=1)) as handle, schedule(lab, "beside", each(seconds=1)):
-        await until(lambda: len(reported(lab, name)) >= 20, "twenty runs have reported")
+    name, each_second = "interval", ScheduleSpec(cron_expressions=["* * * * * * *"])
+    async with schedule(lab, name, each(seconds=1)) as handle, schedule(lab, "beside", each_second) as beside:
+        await until(lambda: len(reported(lab, name)) >= 20, "twenty runs have reported", every=0.2)
         await handle.pause()
-        await until(lambda: all_reported(lab, name, handle), "every run has reported")
+        await until(lambda: all_reported(lab, name, handle), "every run has reported", every=0.2)
         due = reported(lab, name)
         recent = (await handle.describe()).info.recent_actions
+        office = await next_office_times(lab)
         late = Spread.of([(one.started_at - one.scheduled_at).total_seconds() for one in recent], "s")
         await beyond(lab, due[-1] + timedelta(seconds=3))
         in_pause = len(reported(lab, name)) - len(due)
@@ -1752,6 +1758,8 @@ async def interval_and_pause(lab: Lab) -> list[Evidence]:
         # The run of the second in which it was deleted may have been on its way.
         after = [one for one in reported(lab, name) if one > deleted + timedelta(seconds=1)]
         gone = await schedule_refusal(handle)
+        await beside.pause()
+        await until(lambda: all_reported(lab, "beside", beside), "every run has reported", every=0.2)
     return [
         holds(
             AT_ITS_INTERVAL,
@@ -1771,12 +1779,13 @@ async def interval_and_pause(lab: Lab) -> list[Evidence]:
             due_later_than_1_s_after=equal(len(after), 0),
             asked_for_it=equal(gone, "NOT_FOUND"),
         ),
+        holds(CRON, gaps_of_each_second=equal(set(gaps(reported(lab, "beside"))), {1.0}), **office),
     ]
 
 
 async def beyond(lab: Lab, moment: datetime) -> None:
     """Wait until a schedule that runs each second has come to a moment."""
-    await until(lambda: reported(lab, "beside")[-1] >= moment, "the schedule beside it has gone on")
+    await until(lambda: reported(lab, "beside")[-1] >= moment, "the schedule beside it has gone on", every=0.2)
 
 
 async def schedule_refusal(handle: ScheduleHandle) -> str:
@@ -1796,8 +1805,8 @@ async def made_up_for(
         # The start of the range does not belong to it, the end does.
         before = first - timedelta(minutes=1)
         await handle.backfill(ScheduleBackfill(before, last, overlap=ScheduleOverlapPolicy.ALLOW_ALL))
-        await until(lambda: len(reported(lab, name)) >= count, f"{count} runs have reported")
-        await until(lambda: all_reported(lab, name, handle), "every run has reported")
+        await until(lambda: len(reported(lab, name)) >= count, f"{count} runs have reported", every=0.2)
+        await until(lambda: all_reported(lab, name, handle), "every run has reported", every=0.2)
     return reported(lab, name)
 
 
@@ -1813,31 +1822,20 @@ async def backfill(lab: Lab) -> Evidence:
     )
 
 
-@piece(holds("cron strings: each second, and half past nine on weekdays in a time zone"))
-async def cron(lab: Lab) -> Evidence:
-    """A cron string with seconds that fires, and the one of the lesson, whose next times are computed here as well."""
+async def next_office_times(lab: Lab) -> dict[str, Fact]:
+    """The next times of the lesson's schedule as the server tells them, and as a calendar on the wall would."""
     zone = ZoneInfo("Europe/Berlin")
-    each_second, office = ScheduleSpec(cron_expressions=["* * * * * * *"]), on_working_days("unused").spec
-    async with (
-        schedule(lab, "cron", each_second) as firing,
-        schedule(lab, "office", office) as planned,
-    ):
-        await until(lambda: len(reported(lab, "cron")) >= 3, "three runs of the cron string have reported")
-        await firing.pause()
+    async with schedule(lab, "office", on_working_days("unused").spec) as planned:
         told, now = (await planned.describe()).info.next_action_times, datetime.now(zone)
-        await until(lambda: all_reported(lab, "cron", firing), "every run has reported")
-    # As a calendar on the wall would tell, from today on.
     days = [datetime(now.year, now.month, now.day, 9, 30) + timedelta(days=number) for number in range(20)]
     wanted = [day for day in days if day.weekday() < 5 and day.replace(tzinfo=zone) > now]
-    return holds(
-        "cron strings: each second, and half past nine on weekdays in a time zone",
-        gaps_of_each_second=equal(set(gaps(reported(lab, "cron"))), {1.0}),
-        next_times_told=at_least(len(told), 5),
-        half_past_nine_in_Berlin=equal(
+    return {
+        "next times told": at_least(len(told), 5),
+        "half past nine in Berlin": equal(
             [f"{moment.astimezone(zone):%a %d %b %H:%M}" for moment in told],
             [f"{day:%a %d %b %H:%M}" for day in wanted[: len(told)]],
         ),
-    )
+    }
 
 
 NEW_YORK = ZoneInfo("America/New_York")
@@ -1981,7 +1979,7 @@ async def overlapping(lab: Lab, policy: ScheduleOverlapPolicy) -> list[Any]:
                 return info.action_count == 2
             return info.action_count - 1 + info.buffer_size + info.overlap_skipped == 2
 
-        await until(settled, f"both hours were dealt with under {policy.name}")
+        await until(settled, f"both hours were dealt with under {policy.name}", every=0.2)
         runs: dict[str, WorkflowHandle[Any, Any]] = {}
 
         async def all_over() -> bool:
@@ -1994,7 +1992,7 @@ async def overlapping(lab: Lab, policy: ScheduleOverlapPolicy) -> list[Any]:
             buffered = (await handle.describe()).raw_description.info.buffer_size
             return not buffered and len(states) >= expected and WorkflowExecutionStatus.RUNNING not in states
 
-        await until(all_over, f"all runs of {policy.name} are over")
+        await until(all_over, f"all runs of {policy.name} are over", every=0.2)
     spans = sorted([await one.describe() for one in runs.values()], key=lambda one: one.start_time)
     at_once = max(
         sum(other.start_time <= one.start_time < (other.close_time or other.start_time) for other in spans)
@@ -2032,7 +2030,7 @@ async def over_a_server_kill(lab: Lab) -> list[Evidence]:
             await schedules.enter_async_context(schedule(lab, name, each(seconds=1), overlap=one, client=server.client))
             for name, one in zip(names, policies, strict=True)
         ]
-        await until(lambda: all(len(reported(lab, name)) >= 2 for name in names), "both schedules run")
+        await until(lambda: all(len(reported(lab, name)) >= 2 for name in names), "both schedules run", every=0.2)
         handle = await server.client.start_workflow(
             Nap.run, [short, long], id=f"{lab.id}-kill", task_queue=lab.task_queue
         )
@@ -2046,13 +2044,15 @@ async def over_a_server_kill(lab: Lab) -> list[Evidence]:
         await server.start()
         await handle.result()
         later = back + timedelta(seconds=1)
-        await until(lambda: all(reported(lab, name)[-1] > later for name in names), "both schedules have gone on")
+        await until(
+            lambda: all(reported(lab, name)[-1] > later for name in names), "both schedules have gone on", every=0.2
+        )
         for name, one in zip(names, handles, strict=True):
             await one.pause()
-            await until(lambda: all_reported(lab, name, one), "every run has reported")  # noqa: B023
+            await until(lambda: all_reported(lab, name, one), "every run has reported", every=0.2)  # noqa: B023
         fired = await moments(handle, "TIMER_FIRED")
     # The second in which the server died may have been served already, so only whole ones count.
-    seconds = [killed.replace(microsecond=0) + timedelta(seconds=number) for number in range(1, 5)]
+    seconds = [killed.replace(microsecond=0) + timedelta(seconds=number) for number in range(1, 60)]
     missed = [second for second in seconds if killed < second < back]
     all_made, skipping = [[reported(lab, name).count(second) for second in missed] for name in names]
     return [
@@ -2081,7 +2081,7 @@ async def time_and_schedules(lab: Lab) -> AsyncIterator[Evidence]:
     async with lab.worker([Nap, Reminder, Report, Shift], [make_report]):
         several = (part(lab) for part in (interval_and_pause, over_a_server_kill, summer_time))
         timers = (part(lab) for part in (no_worker_alive, plain_sleep, reset_and_cancel, start_delay))
-        schedules = (part(lab) for part in (backfill, cron, bad_schedules, overlap_policies))
+        schedules = (part(lab) for part in (backfill, bad_schedules, overlap_policies))
         async for evidence in side_by_side(*several, *timers, *schedules):
             yield evidence
     yield native(
@@ -2199,7 +2199,7 @@ async def submit(
 
 
 async def all_served(lab: Lab, name: str, count: int) -> None:
-    await until(lambda: len(served(lab, name, "ended")) >= count, f"all {count} of {name} were served")
+    await until(lambda: len(served(lab, name, "ended")) >= count, f"all {count} of {name} were served", every=0.2)
 
 
 CROWD = 24
@@ -2222,7 +2222,9 @@ async def concurrency_limit(lab: Lab) -> list[Evidence]:
         await until(lambda: len(served(lab, "four")) >= 4, "four are at work")
         async with unlimited:
             # While the other worker takes all of its own, this one takes no fifth.
-            await until(lambda: len(served(lab, "unlimited")) == CROWD, "all are at work where there is no limit")
+            await until(
+                lambda: len(served(lab, "unlimited")) == CROWD, "all are at work where there is no limit", every=0.2
+            )
             begun = len(served(lab, "four"))
             open_gate(gate)
             await asyncio.gather(all_served(lab, "four", CROWD), all_served(lab, "unlimited", CROWD))

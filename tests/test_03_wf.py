@@ -88,6 +88,9 @@ FALLS = [
     Fall("WF-04", "    return False\n\n\n# Lowered", "    return super().wants_a_new_run()\n\n\n# Lowered", None,
          ["history limit ends the loop"]),
 
+    # The loop does not wait for its child.
+    Fall("WF-04", "            if waits:\n", "            if False:\n", 3, ["waits for its child"]),
+
     # The process is not killed, and its sleep is not gone.
     Fall("WF-05", "        await program.kill()\n", "", None, ["in a killed process"]),
     # A timer that is over when it is set did not wait.
