@@ -104,7 +104,8 @@ FALLS = [
     Fall("WF-05", "await handle.delete()\n        deleted", "await handle.describe()\n        deleted", 3,
          ["after it is deleted"]),
     # Half as often as asked for.
-    Fall("WF-05", "each(seconds=1)) as handle,", "each(seconds=2)) as handle,", 3, ["at its interval", "do not drift"]),
+    Fall("WF-05", "each(seconds=beat())) as handle,", "each(seconds=beat() * 2)) as handle,", 3,
+         ["at its interval", "do not drift"]),
     # A good expression among the bad ones.
     Fall("WF-05", '"61 * * * *"', '"1 * * * *"', 3, ["is refused"]),
     # A time that every day has.
