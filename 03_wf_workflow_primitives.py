@@ -1155,7 +1155,13 @@ async def pending_bound(lab: Lab) -> Evidence:
 async def open_activities(lab: Lab, server: Server, count: int) -> list[Any]:
     """Start so many activities at once. Returns how many were scheduled, the run's status, what was said against it."""
     pictures = [Picture(number) for number in range(count)]
-    handle = await server.client.start_workflow(FanOut.run, pictures, id=f"{lab.id}-{count}", task_queue=lab.task_queue)
+    handle = await server.client.start_workflow(
+        FanOut.run,
+        pictures,
+        id=f"{lab.id}-{count}",
+        task_queue=lab.task_queue,
+        task_timeout=timedelta(seconds=min(10 * slowness(), 120)),  # the default where the machine is quick enough
+    )
 
     async def answered() -> bool:
         events = await count_events(handle)
@@ -1176,7 +1182,11 @@ async def fan_out(lab: Lab) -> AsyncIterator[Evidence]:
     faults += [hold("resize", lab.gate("together"), number=0).of(f"{lab.id}-single")]
     faults += [hold("resize", lab.gate("bounded")).of(f"{lab.id}-bounded")]
     often = timedelta(seconds=0.3)
-    async with lab.worker(workflows, [resize, handle_items], faults=faults, max_heartbeat_throttle_interval=often):
+    # A slow machine is late with heartbeats, too; here nothing is to be given up.
+    patient = {"resize": {"heartbeat_timeout": PATIENT, "start_to_close_timeout": PATIENT}}
+    async with lab.worker(
+        workflows, [resize, handle_items], faults=faults, shortened=patient, max_heartbeat_throttle_interval=often
+    ):
         for evidence in await all_at_once(lab):  # by itself: what is held costs, and there is room for a hundred
             yield evidence
         parts = (part(lab) for part in (the_rest_is_kept, bounded, three_thousand))
