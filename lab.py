@@ -274,9 +274,12 @@ class Lab:
             options["interceptors"] = [*options.get("interceptors", ()), outside]
 
     def calls(self, workflow: str = "", what: str = "begun") -> list[Call]:
-        """The activity calls that workers of this item have begun (or "ended"), of one workflow's id or of all."""
+        """The activity calls that workers of this item have begun (or "ended"), of one workflow's id or of all.
+
+        `what` empty: every line of the ledger, begins and ends in the order in which they came.
+        """
         every = calls_in(self.file("calls"))
-        return [call for call in every if call.what == what and workflow in ("", call.workflow)]
+        return [call for call in every if what in ("", call.what) and workflow in ("", call.workflow)]
 
     def gate(self, name: str = "") -> str:
         """The path of a file that is not there yet, for faults that wait for it; open_gate() makes it."""

@@ -37,7 +37,7 @@ async def open_and_all(server: Server) -> tuple[int, int]:
     [
         ("01_ex_execution_semantics.py", "EX-06", 4),
         ("02_rt_retry_timeout.py", "RT-02", 4),
-        ("03_wf_workflow_primitives.py", "WF-02", 5),
+        ("03_wf_workflow_primitives.py", "WF-02", 4),
         ("04_sg_signals_events.py", "SG-02", 5),
         ("05_vr_versioning.py", "VR-01", 4),
         ("06_cp_compensation.py", "CP-01", 3),
