@@ -891,7 +891,7 @@ async def all_attempts_together(hall: Hall) -> Evidence:
 
 async def second_run(lab: Lab, name: str, length: float, which: str) -> tuple[list[str], float, float]:
     """Let a timeout end the second run. Returns (how both runs ended, seconds of the second, and of both)."""
-    bound = {which: timedelta(seconds=length)}
+    bound: dict[str, Any] = {which: timedelta(seconds=length)}
     handle = await lab.start(Relay.run, length / 2, name=f"{name}-{length:.0f}", **bound)
     await ended(handle)
     first = await history_of(lab.client.get_workflow_handle(handle.id, run_id=handle.first_execution_run_id))
