@@ -37,6 +37,7 @@ def test_the_whole_script(tmp_path: Path) -> None:
     assert [one["held"] for one in verdicts.evidence("PF-03", "limit")] == [True, True]
 
 
+@pytest.mark.all
 def test_the_pictures(tmp_path: Path) -> None:
     script = changed(SCRIPT, tmp_path, *SHORTER["PF-02"], *SHORTER["PF-01"])
     assert evaluate(script, tmp_path, "PF-01", "PF-02", "PF-03", "--plot", seconds=600).code == 0
@@ -85,6 +86,7 @@ FALLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("item", "old", "new", "stars"), FALLS)
 def test_the_verdict_falls(tmp_path: Path, item: str, old: str, new: str, stars: int | None) -> None:
     script = changed(SCRIPT, tmp_path, (old, new), *SHORTER[item])

@@ -87,6 +87,7 @@ FALLS = [
 ]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("item", "old", "new", "stars"), FALLS)
 def test_the_verdict_falls(tmp_path: Path, item: str, old: str, new: str, stars: int | None) -> None:
     quick = QUICK if item == "OP-01" else ()

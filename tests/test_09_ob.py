@@ -21,6 +21,7 @@ def test_the_whole_script(tmp_path: Path) -> None:
         assert not here or all(held for _, held in seen), seen
 
 
+@pytest.mark.all
 def test_without_prometheus_its_evidence_is_not_run(tmp_path: Path) -> None:
     verdicts = evaluate(SCRIPT, tmp_path, "OB-05", env=NO_PROMETHEUS)
     assert verdicts.stars("OB-05") == 3, verdicts.out
@@ -79,6 +80,7 @@ FALLS = [
 ]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("item", "old", "new", "stars"), FALLS)
 def test_the_verdict_falls(tmp_path: Path, item: str, old: str, new: str, stars: int | None) -> None:
     env = NO_PROMETHEUS if item == "OB-05" else None

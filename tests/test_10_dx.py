@@ -59,6 +59,7 @@ FALLS = [
 ]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("item", "old", "new", "stars"), FALLS)
 def test_the_verdict_falls(tmp_path: Path, item: str, old: str, new: str, stars: int | None) -> None:
     script = changed(SCRIPT, tmp_path, (old, new))

@@ -83,6 +83,7 @@ def everything_in(file: Path) -> bytes:
     return b"".join(path.read_bytes() for path in file.parent.glob(f"{file.name}*"))
 
 
+@pytest.mark.all
 def test_a_model_of_ones_own_and_its_key_stays_secret(tmp_path: Path) -> None:
     """The calls go where OPENAI_BASE_URL says; what needs the stand-in is not run; the key is nowhere."""
     key = "sk-" + os.urandom(12).hex()
@@ -171,6 +172,7 @@ FALLS = [
 ]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("item", "old", "new", "stars"), FALLS)
 def test_the_verdict_falls(tmp_path: Path, item: str, old: str, new: str, stars: int | None) -> None:
     verdicts = evaluate(changed(SCRIPT, tmp_path, (old, new)), tmp_path, item, env=STAND_IN)
