@@ -141,9 +141,12 @@ SG_03 = [
     Fall("SG-03", "asked - waited for", "asked + 2 - waited for", 2, ["never before it is due"]),
     # An update that answers wrongly.
     Fall("SG-03", "return len(self.items)\n", "return len(self.items) + 1\n", 2, ["by the first update"]),
-    # Were nothing refused, or an id kept for ever, these limits would be gone.
+    # Were nothing refused, or the second run that of another id, these limits would be gone.
     Fall("SG-03", "    @put.validator\n", "", 4, ["update-with-start"]),
-    Fall("SG-03", "if not retained:", "if retained is None:", 4, ["as long as the namespace retains"]),
+    Fall(
+        "SG-03", 'await until(lambda: refusal(handle), "the run is deleted")', "order.number += '-other'", 4,
+        ["as long as the namespace retains"],
+    ),
     *(BROKER if shutil.which("redis-server") else []),
 ]  # fmt: skip
 
