@@ -7,34 +7,55 @@ with servers that they start, break and throw away, and say where a dev server e
 cluster would have to begin.
 """
 
+from cluster import Cluster, Region
 from common import (
     Category,
     Evidence,
+    Fact,
     NotRun,
+    Spread,
     Target,
+    at_least,
+    at_most,
+    between,
     cited,
     connect,
+    contains,
     control,
+    differs,
+    equal,
+    figure,
     find_cli,
     holds,
+    lacks,
     limit,
     native,
+    one_of,
+    piece,
     side_by_side,
+    slowness,
+    words,
     works,
 )
 from lab import (
+    Books,
+    Call,
     Child,
     Lab,
     Server,
     count_events,
+    ended,
     free_port,
     history_of,
+    hold,
     name_of,
     note,
     notes,
+    open_gate,
     refusal,
     run,
     run_cli,
+    slow,
     status_of,
     until,
 )
@@ -44,11 +65,15 @@ import contextlib
 import functools
 import json
 import os
+import re
+import shutil
+import signal
 import sqlite3
 import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -56,6 +81,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -101,6 +127,15 @@ OP = Category(
     "Operations",
     "What does it take to deploy, manage, keep, scale and share a cluster?",
 )
+
+T = TypeVar("T")
+Travelling = WorkflowHandle[Any, Any]
+
+
+def soon() -> timedelta:
+    """An attempt or a task that a kill has cut off is given up after this long, so that kills cost little time."""
+    return timedelta(seconds=3 * slowness())
+
 
 # An attempt that a kill has cut off is given up after this long, here short, so that kills cost little time.
 SOON = timedelta(seconds=2)
@@ -624,9 +659,6 @@ class ByPython:
         await answered(self.client.workflow_service.delete_workflow_execution(request))
 
 
-T = TypeVar("T")
-
-
 async def answered(call: Awaitable[T]) -> T:
     """The answer to a call of the Python client, whose exceptions tell the status."""
     try:
@@ -829,11 +861,11 @@ async def tour(lab: Lab, by: Manager, client: Client) -> dict[str, Any]:
     found["first run after the reset"] = await by.status(ids["main"], first)
     found["query after the reset"] = await by.query(ids["main"], "contents")
     await by.cancel(ids["main"])
-    found["after cancel"] = await ended(by, ids["main"])
+    found["after cancel"] = await closing(by, ids["main"])
 
     await by.start(ids["ended"], purchase)
     await by.terminate(ids["ended"])
-    found["after terminate"] = await ended(by, ids["ended"])
+    found["after terminate"] = await closing(by, ids["ended"])
 
     await by.start(ids["finished"], purchase)
     await by.signal(ids["finished"], "add", "sugar")
@@ -849,7 +881,7 @@ async def first_decision(handle: WorkflowHandle[Any, Any]) -> int:
     return next(int(one["eventId"]) for one in events if one["eventType"] == "EVENT_TYPE_WORKFLOW_TASK_COMPLETED")
 
 
-async def ended(by: Manager, id: str) -> str:
+async def closing(by: Manager, id: str) -> str:
     """The status in which a workflow ends."""
 
     async def closed() -> bool:
@@ -1089,7 +1121,7 @@ async def batches(lab: Lab, server: Server, python: ByPython, http: ByHttp) -> E
     done = await lab.cli(
         "workflow", "terminate", "--query", query["terminate"], "--yes", "--reason", "tour", server=server
     )
-    statuses = {group: Counter(await asyncio.gather(*(ended(python, id) for id in ids[group]))) for group in groups}
+    statuses = {group: Counter(await asyncio.gather(*(closing(python, id) for id in ids[group]))) for group in groups}
     seconds = time.monotonic() - begun
     spared_status = await python.status(spared)
     await python.terminate(spared)
@@ -1200,8 +1232,26 @@ async def management_api(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # OP-03 Storage backend -------------------------------------------------------------------------------
-# What the server has acknowledged is on its disk. Kill it as often as you like, and go on from the file,
-# or from a copy of the file.
+# What the server has acknowledged is in its database, and nowhere else. Kill both as often as you like and go on
+# from there, or from a backup. How much of it survives is the database's doing: its settings are Temporal's promise.
+
+EXAMPLE_OP_03 = """
+# On one machine: a server that keeps everything in a file, and finds it again after any crash.
+temporal server start-dev --db-filename temporal.db
+
+# A consistent copy while the server goes on writing. Another server continues from it.
+sqlite3 temporal.db ".backup 'copy.db'"
+temporal server start-dev --db-filename copy.db
+
+# In production, on PostgreSQL: histories and visibility are two databases of one server, so copy both at one moment.
+pg_basebackup --host db.example --username temporal --pgdata backup --wal-method=stream --checkpoint=fast
+
+# Leave these as they are. With either one off, signals that were acknowledged are lost in a crash.
+psql --host db.example --username temporal -c "SHOW fsync" -c "SHOW synchronous_commit"
+"""
+
+
+# OP-03 put to the test -------------------------------------------------------------------------------
 
 
 @workflow.defn
@@ -1226,12 +1276,21 @@ class Inbox:
         self.closed = True
 
 
-async def five_inboxes(lab: Lab, client: Client) -> list[WorkflowHandle[Inbox, list[int]]]:
-    """Five waiting workflows with two signals each."""
-    ids = [f"{lab.id}-inbox-{number}" for number in range(5)]
-    handles = [
-        await client.start_workflow(Inbox.run, id=id, task_queue=lab.task_queue, task_timeout=SOON) for id in ids
-    ]
+# A client that asks again soon: by default it waits longer and longer, which only costs time here.
+RETRY = RetryConfig(max_interval_millis=300, max_retries=400, max_elapsed_time_millis=120_000)
+INBOXES = 5
+Inboxes = Sequence[WorkflowHandle[Inbox, list[int]]]
+
+
+async def open_inboxes(lab: Lab, client: Client, name: str) -> Inboxes:
+    ids = [f"{lab.id}-{name}-{number}" for number in range(INBOXES)]
+    start = functools.partial(client.start_workflow, Inbox.run, task_queue=lab.task_queue, task_timeout=soon())
+    return [await start(id=id) for id in ids]
+
+
+async def five_inboxes(lab: Lab, client: Client, name: str = "inbox") -> Inboxes:
+    """Waiting workflows with two signals each."""
+    handles = await open_inboxes(lab, client, name)
     for handle in handles:
         for number in (1, 2):
             await handle.signal(Inbox.put, number)
@@ -1245,49 +1304,49 @@ async def finish(handle: WorkflowHandle[Inbox, list[int]], number: int) -> list[
     return await handle.result()
 
 
+async def finish_all(handles: Inboxes) -> dict[str, Fact]:
+    """Facts: each has its two signals and the one of now, and is the run that it was."""
+    results = await asyncio.gather(*(finish(handle, 3) for handle in handles))
+    runs = [(await handle.describe()).run_id for handle in handles]
+    begun = [handle.first_execution_run_id for handle in handles]
+    return {"results": equal(results, [[1, 2, 3]] * INBOXES), "runs of before": equal(runs == begun, True)}
+
+
 async def waiting_survive(lab: Lab) -> Evidence:
     async with lab.private_server(file=True) as server, lab.worker([Inbox], server=server):
         handles = await five_inboxes(lab, server.client)
         server.kill()
         restart = await server.start()
-        runs = [(await handle.describe()).run_id for handle in handles]
-        begun = time.monotonic()
-        results = await asyncio.gather(*(finish(handle, 3) for handle in handles))
-        seconds = time.monotonic() - begun
+        facts = await finish_all(handles)
     return works(
         "waiting workflows and their signals survive SIGKILL of the server on a SQLite file, and complete",
-        results == [[1, 2, 3]] * 5 and runs == [handle.first_execution_run_id for handle in handles],
-        f"5 workflows with signals 1 and 2; server back in {restart:.2f} s, signal 3 and the results "
-        f"{seconds:.1f} s later: {results[0]} from each; run ids unchanged",
+        **facts,
+        server_back_after=figure(restart, "s"),
     )
 
 
-async def in_memory(lab: Lab) -> list[Evidence]:
+async def in_memory(lab: Lab) -> Evidence:
     async with lab.private_server() as server:
-        info = await server.client.workflow_service.get_cluster_info(GetClusterInfoRequest())
         handles = await five_inboxes(lab, server.client)
-        before = Counter([name_of(await status_of(handle)) for handle in handles])
+        before = [name_of(await status_of(handle)) for handle in handles]
         server.kill()
         await server.start()
-        after = Counter([name_of(await refusal(handle)) for handle in handles])
-    flags = (await help_of("server", "start-dev")).partition("Flags:")[2].lower()
-    others = [name for name in ("postgres", "mysql", "cassandra", "elasticsearch") if name in flags]
-    return [
-        control(
-            "a server that keeps its state in memory has lost them all",
-            before == {"RUNNING": 5} and after == {"NOT_FOUND": 5},
-            f"before SIGKILL: {dict(before)}; after the restart: {dict(after)}",
-        ),
-        limit(
-            "the dev server stores in SQLite and nothing else",
-            info.persistence_store == info.visibility_store == "sqlite" and "--db-filename" in flags and not others,
-            f"it names {info.persistence_store} for histories and {info.visibility_store} for visibility; "
-            f"flags of start-dev that name another database: {others or 'none'}",
-        ),
-    ]
+        after = [name_of(await refusal(handle)) for handle in handles]
+    return control(
+        "a server that keeps its state in memory has lost them all",
+        before_SIGKILL=equal(before, ["RUNNING"] * INBOXES),
+        after_the_restart=equal(after, ["NOT_FOUND"] * INBOXES),
+    )
 
 
-KILLS = 10
+async def where_it_is_stored(client: Client) -> Evidence:
+    """A store that is not told of counts as SQLite."""
+    info = await client.workflow_service.get_cluster_info(GetClusterInfoRequest())
+    stores = [info.persistence_store, info.visibility_store]
+    return limit(
+        "the server keeps histories and visibility in SQLite, which is one file of one machine",
+        stores=Fact(stores, "sqlite", set(stores) <= {"sqlite", ""}),
+    )
 
 
 @dataclass
@@ -1303,56 +1362,101 @@ class Sender:
         # The client tries a call again while the server is away, so that every number is acknowledged in the end.
         while not self.stopped:
             self.sent += 1
-            await self.handle.signal(Inbox.put, self.sent)
+            await patiently(lambda: self.handle.signal(Inbox.put, self.sent))
             self.acknowledged += 1
 
 
-def acknowledged(senders: Sequence[Sender]) -> int:
-    return sum(sender.acknowledged for sender in senders)
+class Senders:
+    """Five clients that send as fast as they are answered; for `async with`."""
+
+    def __init__(self, handles: Inboxes) -> None:
+        self.every = [Sender(handle) for handle in handles]
+
+    async def __aenter__(self) -> "Senders":
+        self.sending = [asyncio.create_task(sender.send()) for sender in self.every]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self.sending:
+            task.cancel()
+        await asyncio.gather(*self.sending, return_exceptions=True)
+
+    @property
+    def acknowledged(self) -> int:
+        return sum(sender.acknowledged for sender in self.every)
+
+    async def some_more(self, lab: Lab) -> None:
+        """Wait for so many acknowledgements as the seed says."""
+        goal = self.acknowledged + lab.random.randrange(3, 15)
+        await until(lambda: self.acknowledged >= goal, "signals are acknowledged", every=0.005)
+
+    async def read(self) -> dict[str, Fact]:
+        """Stop, close the inboxes, and compare what they kept with what was acknowledged."""
+        for sender in self.every:
+            sender.stopped = True
+        await asyncio.gather(*self.sending)
+        for sender in self.every:
+            await patiently(lambda: sender.handle.signal(Inbox.close))  # noqa: B023
+        results = [await patiently(sender.handle.result) for sender in self.every]
+        sent = [list(range(1, sender.acknowledged + 1)) for sender in self.every]
+        wrong = [result for result, numbers in zip(results, sent, strict=True) if result != numbers]
+        return {
+            "acknowledged": at_least(self.acknowledged, 3 * INBOXES),
+            "kept": equal(sum(map(len, results)), self.acknowledged),
+            "inboxes that lack one, or have one twice or out of order": equal(wrong, []),
+        }
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """A call that is made again while the server is hurt. It is the same signal then: it carries the same number."""
+    async with asyncio.timeout(120 * slowness()):
+        while True:
+            try:
+                return await call()
+            except RPCError as error:
+                if error.status in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
+                    raise
+                await asyncio.sleep(0.2)
+
+
+KILLS = 10
 
 
 async def ten_kills(lab: Lab) -> Evidence:
     """SIGKILL at moments drawn from the seed, while five clients send as fast as they can."""
     async with lab.private_server(file=True) as server:
         assert server.file
-        file = server.file
+        file, checks = server.file, []
         async with lab.worker([Inbox], server=server):
-            ids = [f"{lab.id}-kills-{number}" for number in range(5)]
-            # A client that asks again soon: by default it waits longer and longer, which only costs time here.
-            retry = RetryConfig(max_interval_millis=300, max_retries=200, max_elapsed_time_millis=60_000)
-            client = await connect(server.target, retry_config=retry)
-            start = functools.partial(client.start_workflow, Inbox.run, task_queue=lab.task_queue, task_timeout=SOON)
-            senders = [Sender(await start(id=id)) for id in ids]
-            sending = [asyncio.create_task(sender.send()) for sender in senders]
-            checks = []
-            for _ in range(KILLS):
-                goal = acknowledged(senders) + lab.random.randrange(3, 15)
-                await until(lambda: acknowledged(senders) >= goal, "signals are acknowledged", 30, 0.005)  # noqa: B023
-                server.kill()
-                checks.append(await asyncio.to_thread(integrity, file))
-                await server.start()
-            for sender in senders:
-                sender.stopped = True
-            await asyncio.gather(*sending)
-            for sender in senders:
-                await sender.handle.signal(Inbox.close)
-            results = await asyncio.gather(*(sender.handle.result() for sender in senders))
+            client = await connect(server.target, retry_config=RETRY)
+            async with Senders(await open_inboxes(lab, client, "kills")) as senders:
+                for _ in range(KILLS):
+                    await senders.some_more(lab)
+                    server.kill()
+                    checks.append(await asyncio.to_thread(integrity, file))
+                    await server.start()
+                facts = await senders.read()
         server.kill()
         checks.append(await asyncio.to_thread(integrity, file))
-    total = acknowledged(senders)
-    kept = [result == list(range(1, sender.acknowledged + 1)) for result, sender in zip(results, senders, strict=True)]
     return holds(
-        f"{KILLS} kills in a row under load: every acknowledged signal is there once and in order, the file intact",
-        all(kept) and total >= 3 * KILLS and checks == ["ok"] * (KILLS + 1),
-        f"seed {lab.seed}: {KILLS} SIGKILLs while 5 clients sent; {total} signals acknowledged, "
-        f"{sum(map(len, results))} kept; PRAGMA integrity_check after each: {', '.join(sorted(set(checks)))}",
+        f"{KILLS} kills of the process in a row under load: every acknowledged signal is there once and in order, "
+        "a copy of the file intact",
+        **facts,
+        integrity_check_after_each=equal(checks, ["ok"] * (KILLS + 1)),
+        seed=lab.seed,
     )
 
 
 def integrity(file: Path) -> str:
-    """What SQLite itself says of the file of a server that is dead."""
-    with contextlib.closing(sqlite3.connect(file)) as connection:
-        return str(connection.execute("PRAGMA integrity_check").fetchone()[0])
+    """What SQLite says of a copy of the file of a dead server, its journal beside it.
+
+    Of a copy: who opens the file itself rolls its journal back, and the server would find that done.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for one in file.parent.glob(f"{file.name}*"):
+            shutil.copy(one, folder)
+        with contextlib.closing(sqlite3.connect(Path(folder) / file.name)) as connection:
+            return str(connection.execute("PRAGMA integrity_check").fetchone()[0])
 
 
 def back_up(file: Path, copy: Path) -> None:
@@ -1363,33 +1467,139 @@ def back_up(file: Path, copy: Path) -> None:
 
 async def restored_elsewhere(lab: Lab) -> Evidence:
     """Back up the file of a running server, lose that server, and start another one from the copy."""
-    copy = Path(lab.file("backup"))
-    async with lab.private_server(file=Path(lab.file("original"))) as first, lab.worker([Inbox], server=first):
+    original, copy = Path(lab.file("original")), Path(lab.file("backup"))
+    async with lab.private_server(file=original) as first, lab.worker([Inbox], server=first):
         handles = await five_inboxes(lab, first.client)
-        await asyncio.to_thread(back_up, Path(lab.file("original")), copy)
+        await asyncio.to_thread(back_up, original, copy)
         await handles[0].signal(Inbox.put, 99)  # too late for the backup
         first.kill()
-    size = copy.stat().st_size // 1024
-    async with lab.private_server(file=copy) as second:
-        again = second.client.get_workflow_handle_for
-        moved: list[WorkflowHandle[Inbox, list[int]]] = [again(Inbox.run, handle.id) for handle in handles]
-        async with lab.worker([Inbox], server=second):
-            results = await asyncio.gather(*(finish(handle, 3) for handle in moved))
-        runs = [(await handle.describe()).run_id for handle in moved]
+    async with lab.private_server(file=copy) as second, lab.worker([Inbox], server=second):
+        facts = await finish_all(moved_to(second.client, handles))
     return holds(
-        "a backup of the live file, restored under another server, goes on from the moment of the backup",
-        results == [[1, 2, 3]] * 5 and runs == [handle.first_execution_run_id for handle in handles],
-        f"5 workflows with signals 1 and 2, {size} KiB; another signal after the backup; "
-        f"server lost; on the other server, after signal 3: {results[0]} from each; run ids unchanged",
+        "a backup of the live file, restored under another server, goes on from the moment of the backup", **facts
     )
 
 
-@OP.item("OP-03", "Storage backend", seconds=200)
+def moved_to(client: Client, handles: Inboxes) -> Inboxes:
+    """The same runs, asked for elsewhere."""
+    again = client.get_workflow_handle_for
+    return [again(Inbox.run, one.id, first_execution_run_id=one.first_execution_run_id) for one in handles]
+
+
+async def database_killed(lab: Lab, cluster: Cluster) -> Evidence:
+    """SIGKILL to PostgreSQL, all of its processes; then to the database and the four services at once."""
+    region, unheard = cluster.region, []
+    client = await region.connect(retry_config=RETRY)
+    async with Senders(await open_inboxes(lab, client, "database")) as senders:
+        for _ in range(3):
+            await senders.some_more(lab)
+            region.database.kill()
+            unheard.append(await answer_to_a_start(client))
+            await region.database.start()
+        await senders.some_more(lab)
+        region.kill()
+        back = await region.start()
+        facts = await senders.read()
+    return holds(
+        "PostgreSQL killed under load, at last with all services: every acknowledged signal is there once and in order",
+        **facts,
+        starts_while_the_database_is_dead=lacks(unheard, "OK"),
+        region_back_after=figure(back, "s"),
+        seed=lab.seed,
+    )
+
+
+async def answer_to_a_start(client: Client) -> str:
+    """What a client hears that asks once, and waits for five seconds."""
+    id = str(uuid.uuid4())
+    request = StartWorkflowExecutionRequest(
+        namespace=client.namespace, workflow_id=id, request_id=id,
+        workflow_type=WorkflowType(name="Inbox"), task_queue=TaskQueue(name="nobody"),
+    )  # fmt: skip
+    try:
+        await client.workflow_service.start_workflow_execution(request, timeout=timedelta(seconds=5))
+    except RPCError as error:
+        return error.status.name
+    return "OK"
+
+
+LAZY = {"synchronous_commit": "off", "wal_writer_delay": "10s", "wal_writer_flush_after": "1GB"}
+
+
+async def acknowledged_too_early(lab: Lab, cluster: Cluster) -> Evidence:
+    """The same kill of everything; only, the database acknowledges before it has written."""
+    region, sent = cluster.region, 30
+    region.database.settings = LAZY
+    await region.database.restart()
+    await region.ready()
+    handle = await cluster.client.start_workflow(Inbox.run, id=f"{lab.id}-early", task_queue=f"{lab.id}-early")
+    await region.database.query("CHECKPOINT")
+    for number in range(1, sent + 1):
+        await handle.signal(Inbox.put, number)
+    region.kill()
+    region.database.settings = {}
+    await region.start()
+    await patiently(lambda: handle.signal(Inbox.close))
+    async with lab.worker([Inbox], client=cluster.client, task_queue=f"{lab.id}-early"):
+        kept = await patiently(handle.result)
+    return control(
+        "a database that acknowledges before it writes (synchronous_commit=off) loses acknowledged signals by the same "
+        "kill",
+        acknowledged=sent,
+        lost=at_least(sent - len(kept), 1),
+        setting=words(LAZY),
+    )
+
+
+async def base_backup(lab: Lab, cluster: Cluster) -> Evidence:
+    """Back up a running PostgreSQL, lose the whole region, and start another cluster from the backup."""
+    folder = cluster.place.folder / "backup"
+    handles = await five_inboxes(lab, cluster.client, "base")
+    took = time.monotonic()
+    await cluster.region.database.backup(folder)
+    took = time.monotonic() - took
+    await handles[0].signal(Inbox.put, 99)
+    cluster.region.kill()
+    async with Cluster(restore=folder) as second, lab.worker([Inbox], client=second.client):
+        facts = await finish_all(moved_to(second.client, handles))
+    return holds(
+        "a base backup of the running PostgreSQL, restored under a second cluster, goes on from that moment",
+        **facts,
+        backup_took=figure(took, "s"),
+    )
+
+
+@piece(
+    holds(
+        "PostgreSQL killed under load, at last with all services: every acknowledged signal is there once and in order"
+    ),
+    holds("a base backup of the running PostgreSQL, restored under a second cluster, goes on from that moment"),
+    control(
+        "a database that acknowledges before it writes (synchronous_commit=off) loses acknowledged signals by the same "
+        "kill"
+    ),
+)
+async def on_postgresql(lab: Lab) -> list[Evidence]:
+    async with Cluster() as cluster:
+        async with lab.worker([Inbox], client=cluster.client):
+            found = [await where_it_is_stored(cluster.client), await database_killed(lab, cluster)]
+        found.append(await acknowledged_too_early(lab, cluster))
+        async with lab.worker([Inbox], client=cluster.client):
+            found.append(await base_backup(lab, cluster))
+        return found
+
+
+@OP.item("OP-03", "Storage backend", seconds=300)
 async def storage_backend(lab: Lab) -> AsyncIterator[Evidence]:
-    """Servers are killed on a SQLite file, under load too, and one is restored from a backup."""
-    parts = (waiting_survive, in_memory, ten_kills, restored_elsewhere)
+    """Servers and databases are killed under load; some are restored from a backup."""
+    parts = (waiting_survive, in_memory, ten_kills, restored_elsewhere, on_postgresql)
+    found = []
     async for evidence in side_by_side(*(part(lab) for part in parts)):
+        found.append(evidence.kind)
         yield evidence
+    if "limit" not in found:  # without a cluster it is the dev server that is judged
+        async with lab.private_server(file=True) as server:
+            yield await where_it_is_stored(server.client)
     yield native(
         "keeping state, finding it again after a crash, and backing it up are the platform's own",
         "temporal server start-dev --db-filename",
@@ -1397,7 +1607,7 @@ async def storage_backend(lab: Lab) -> AsyncIterator[Evidence]:
         RetryConfig,
         WorkflowHandle.signal,
         Worker,
-        adds=["the backup, by SQLite's own means"],
+        adds=["the backup, by the database's own means"],
     )
     yield cited(
         "in production: PostgreSQL, MySQL or Cassandra for persistence; these or Elasticsearch for visibility",
@@ -1435,7 +1645,7 @@ class Load:
 
 
 @workflow.defn
-class Spread:
+class FanOut:
     @workflow.run
     async def run(self, load: Load) -> list[int]:
         jobs = [
@@ -1505,7 +1715,7 @@ async def all_at_work(lab: Lab, queue: str, workers: Sequence[Child]) -> bool:
 async def work_through(lab: Lab, load: Load) -> Shift:
     """Run a load over the workers there are."""
     id = f"{load.queue}-{Path(load.ledger).name}"
-    result = await lab.client.execute_workflow(Spread.run, load, id=id, task_queue=lab.task_queue)
+    result = await lab.client.execute_workflow(FanOut.run, load, id=id, task_queue=lab.task_queue)
     return read_shift(result, load.ledger)
 
 
@@ -1556,7 +1766,7 @@ def shares_fair(shift: Shift, workers: int) -> bool:
 
 async def started(lab: Lab, load: Load, jobs: int) -> WorkflowHandle[Any, list[int]]:
     """Start a load and wait until so many jobs were begun."""
-    handle = await lab.client.start_workflow(Spread.run, load, id=load.queue, task_queue=lab.task_queue)
+    handle = await lab.client.start_workflow(FanOut.run, load, id=load.queue, task_queue=lab.task_queue)
     await until(lambda: sum("begins" in line for line in notes(load.ledger)) >= jobs, f"{jobs} jobs have begun")
     return handle
 
@@ -1634,7 +1844,7 @@ async def other_tuners(lab: Lab) -> Evidence:
 @OP.item("OP-04", "Scalability", seconds=180)
 async def scalability(lab: Lab) -> AsyncIterator[Evidence]:
     """Sleeping activities on worker processes that come and go: time and shares are read from a ledger."""
-    async with lab.worker([Spread], []):
+    async with lab.worker([FanOut], []):
         parts = (more_workers, killed_under_load, added_under_load, other_tuners)
         async for evidence in side_by_side(*(part(lab) for part in parts)):
             yield evidence
