@@ -351,7 +351,7 @@ async def one_command(lab: Lab) -> list[Evidence]:
             "a program with no word of a server in it runs against that one, told by settings alone",
             exit=equal(done.returncode, 0),
             it_printed=equal(done.stdout.strip(), GREETED),
-            address_in_its_text=lacks(copied.stdout, server.address),
+            address_in_its_text=equal(server.address in copied.stdout, False),
         ),
     ]
 
@@ -400,9 +400,9 @@ async def encrypted(lab: Lab, server: Server, certificates: Certificates) -> lis
             "wrong authority, wrong name and missing client certificate are refused, the first two with the reason",
             wrong_authority=reason(wrong_authority, "UnknownIssuer"),
             wrong_name=reason(wrong_name, "NotValidForName"),
-            no_certificate=differs(no_certificate[:80], "let in"),
+            no_certificate=refused_fact(no_certificate),
         ),
-        control("a client that speaks plaintext to the TLS port gets nowhere", it_is=differs(plaintext[:80], "let in")),
+        control("a client that speaks plaintext to the TLS port gets nowhere", it_is=refused_fact(plaintext)),
     ]
 
 
@@ -411,12 +411,19 @@ def reason(said: str, core: str) -> Fact:
     return contains(core if core in said else said[:200], core)
 
 
+def refused_fact(said: str) -> Fact:
+    """Not let in: the connection breaks, in words that differ from time to time."""
+    return equal(said if said == "let in" else "refused", "refused")
+
+
 @contextlib.asynccontextmanager
 async def key_gate(server: Server, key: str, certificates: Certificates, seen: Counter[str]) -> AsyncIterator[str]:
     """A gateway that ends TLS, counts the authorization headers it sees, and passes on who has the right one.
 
     It hands the bytes of each call on as they are, and knows nothing of Temporal. Yields its address.
     """
+    # The cluster's database is forked from here, as another user; no child of ours uses gRPC.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import grpc
     import grpc.aio
 
@@ -546,17 +553,15 @@ async def deployment_model(lab: Lab) -> AsyncIterator[Evidence]:
         "the server that one command starts is not for production",
         its_help_warns=equal("not intended for production use" in said or "production" not in said, True),
     )
-    yield limit("the server that one command starts has no TLS of its own", flags_for_TLS=lacks(flags_of(said), "tls"))
+    yield limit(
+        "the server that one command starts has no TLS of its own",
+        flags_for_TLS=equal(re.findall("--[a-z-]*tls[a-z-]*", said), []),
+    )
     yield cited(
         "a production cluster comes as Temporal Cloud, or self-hosted by Helm chart or Docker Compose with a "
         "database of one's own and TLS in the frontend",
         "docs.temporal.io/self-hosted-guide, github.com/temporalio/helm-charts",
     )
-
-
-def flags_of(help_text: str) -> str:
-    """The flags that a command has of its own, in the order of its help."""
-    return " ".join(re.findall(r"--([a-z-]+)", help_text.partition("Global Flags")[0]))
 
 
 # OP-02 Management API --------------------------------------------------------------------------------
@@ -1104,7 +1109,7 @@ async def batches(lab: Lab, server: Server, python: ByPython, http: ByHttp) -> E
         "batch operations by query, from Python, over HTTP and by command, reach all that match and nothing else",
         **{f"by {group}": equal(found[group], Counter({status: BATCH})) for group, status in groups.items()},
         exit=equal(done.code, 0),
-        shipped=equal(sorted(one for id in ids["signal"] for one in shipped(lab, id)), ids["signal"]),
+        shipped=equal(sum(shipped(lab, id) == [id] for id in ids["signal"]), BATCH),
         the_one_that_no_query_names=equal(left, "RUNNING"),
     )
 
@@ -1238,11 +1243,8 @@ async def visibility(lab: Lab, client: Client) -> list[Evidence]:
             found_after_a_start=Spread.of(latencies, "ms"),
             found_after_a_start_95_of_100=figure(sorted(latencies)[18], "ms"),
         ),
-        limit(
-            "visibility neither sorts by an attribute nor counts by one",
-            sort=differs(sorts, "OK"),
-            group=differs(groups, "OK"),
-        ),
+        limit("visibility does not sort by an attribute", ORDER_BY=differs(sorts, "OK")),
+        limit("visibility does not count by an attribute", GROUP_BY=differs(groups, "OK")),
     ]
 
 
@@ -2111,7 +2113,7 @@ class Warehouse:
 
 
 @piece(
-    holds("one of two history processes killed under load: the other owns all shards, each step is completed once"),
+    holds("one of two history processes killed under load: the other owns all shards, each step completed once"),
     holds("all eight service processes restarted under load, one after the other: each step is completed once"),
     holds("one worker and two on the cluster, what a step costs beside the rate: each step is completed once"),
 )
@@ -2130,7 +2132,7 @@ async def on_two_of_each(lab: Lab) -> list[Evidence]:
         return [
             await shards_of(cluster.client),
             holds(
-                "one of two history processes killed under load: the other owns all shards, each step is completed once",
+                "one of two history processes killed under load: the other owns all shards, each step completed once",
                 **lost,
                 shards_of_each_before=equal(sum(owned.values()) if all(owned.values()) else owned, cluster.shards),
                 shards_of_the_other_after=equal(len(place.after["a-history-2"]), cluster.shards),

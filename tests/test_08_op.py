@@ -27,7 +27,8 @@ FALLS = [
     # The gateway lets any key pass.
     Fall("OP-01", 'if header == f"Bearer {key}" else refuse', "if True else refuse", 3, ["an API key is a setting"]),
     # The program is not told where the server is.
-    Fall("OP-01", '{"TEMPORAL_ADDRESS": server.address, "TEMPORAL_CONFIG_FILE"', '{"TEMPORAL_ADDRESS": "127.0.0.1:1", "TEMPORAL_CONFIG_FILE"', None),
+    Fall("OP-01", '{"TEMPORAL_ADDRESS": server.address, "TEMPORAL_CONFIG_FILE"',
+         '{"TEMPORAL_ADDRESS": "127.0.0.1:1", "TEMPORAL_CONFIG_FILE"', None),
     # An update that nobody checks.
     Fall("OP-02", "        if not item:\n", "        if False:\n", 3, ["kinds of wrong call"]),
     # A signal that the workflow does not take up.
@@ -35,14 +36,16 @@ FALLS = [
     # The call that must not reach anything does reach the workflow.
     Fall("OP-02", "    another = str(uuid.uuid4())\n", '    another = ""\n', None),
     # What HTTP calls a cancellation is something else.
-    Fall("OP-02", '"cancel": lambda: self.ask(f"{at}/cancel", run)', '"cancel": lambda: self.ask(f"{at}/terminate", run)', 3,
+    Fall("OP-02", '"cancel": lambda: self.ask(f"{at}/cancel", run)',
+         '"cancel": lambda: self.ask(f"{at}/terminate", run)', 3,
          ["over HTTP"]),
     # A wrong call that is carried out.
     Fall("OP-02", 'Wrong("terminate", "closed", [],', 'Wrong("terminate", "open", [],', 3, ["kinds of wrong call"]),
     # A query finds a run too few.
     Fall("OP-02", '["x", "y"], ["y", "z"]', '["x", "y"], ["z"]', 3, ["each query finds exactly"]),
-    # The servers keep nothing on disk.
-    Fall("OP-03", "lab.private_server(file=True)", "lab.private_server()", None),
+    # The server keeps nothing on disk.
+    Fall("OP-03", "private_server(file=True) as server, lab.worker([Inbox]", "private_server() as server, lab.worker([Inbox]",
+         None),
     # The backup is made a signal later.
     Fall("OP-03", "await asyncio.to_thread(back_up, original, copy)",
          "await handles[0].signal(Inbox.put, 98); await asyncio.to_thread(back_up, original, copy)", 3,
@@ -56,26 +59,32 @@ FALLS = [
     # Pollers that do not grow by themselves.
     Fall("OP-04", '"autoscaling", activity_task_poller_behavior=pollers', '"autoscaling"', 3, ["autoscaling pollers"]),
     # No time is given.
-    Fall("OP-04", '{"graceful_shutdown_timeout": timedelta(seconds=grace)} if grace else {}', "{}", 3, ["told to end by SIGTERM"]),
+    Fall("OP-04", '{"graceful_shutdown_timeout": timedelta(seconds=grace)} if grace else {}',
+         "{}", 3, ["told to end by SIGTERM"]),
     # Somebody handles the signal where nobody should.
     Fall("OP-04", "    if handler:\n", "    if True:\n", None),
     # The platform deletes earlier than it was told to.
     Fall("OP-05", "{name: at - end.timestamp() for", "{name: at - end.timestamp() - 2 for", 2, ["and not before"]),
     # The neighbour of the deleted workflow is gone, too.
-    Fall("OP-05", "await traces(client, spared), WHOLE", "await traces(client, doomed), WHOLE", 2, ["its neighbour stays"]),
+    Fall("OP-05", "await traces(client, spared), WHOLE",
+         "await traces(client, doomed), WHOLE", 2, ["its neighbour stays"]),
     # The one that runs is gone like the closed one.
-    Fall("OP-05", "await traces(short, running), await", "await traces(short, closed), await", 3, ["a running workflow"]),
+    Fall("OP-05", "await traces(short, running), await",
+         "await traces(short, closed), await", 3, ["a running workflow"]),
     # Visibility is not looked at.
     Fall("OP-05", "        for name in WHOLE:\n", "        for name in WHOLE[:2]:\n", 2, ["all go"]),
     # The one who should be killed stays.
     Fall("OP-06", "await victim.kill()\n        killed", "killed", 1, ["one of two workers killed"]),
     # Somebody has taken over, where nobody should be.
-    Fall("OP-06", "waited, status = len(line.calls()) - before,", "waited, status = len(line.calls()) - before + 1,", None),
+    Fall("OP-06", "waited, status = len(line.calls()) - before,",
+         "waited, status = len(line.calls()) - before + 1,", None),
     # Effects without their keys, where a stage is run again.
-    Fall("OP-06", 'return f"{self.journey}/{self.number}"', 'return f"{self.journey}/{self.number}/{time.time_ns()}"', 1,
+    Fall("OP-06", 'return f"{self.journey}/{self.number}"',
+         'return f"{self.journey}/{self.number}/{time.time_ns()}"', 1,
          ["one of two workers killed"]),
     # One namespace for both tenants.
-    Fall("OP-07", 'await connect(Target(server.address, "blue"))', 'await connect(Target(server.address, "red"))', None),
+    Fall("OP-07", 'await connect(Target(server.address, "blue"))',
+         'await connect(Target(server.address, "red"))', None),
     # No limit where there should be one.
     Fall("OP-07", '"limited", LIMITED', '"limited", {}', 3, ["with a limit for each namespace"]),
     # A limit of each one's own where there should be one for both.
@@ -97,7 +106,8 @@ ON_A_CLUSTER = [
     # Region a lives.
     Fall("OP-06", "self.local = await self.a.client", "self.local = await self.b.client", None),
     # Signals that are there twice.
-    Fall("OP-06", "for number, times in Counter(numbers).items()", "for number, times in Counter(numbers * 2).items()", 3,
+    Fall("OP-06", "for number, times in Counter(numbers).items()",
+         "for number, times in Counter(numbers * 2).items()", 3,
          ["nothing is there twice"]),
     # The writer may only read.
     Fall("OP-07", 'token("red:write", subject="will")', 'token("red:read", subject="will")', 3, ["a token permits"]),
@@ -134,7 +144,8 @@ def test_a_verdict_falls_on_a_cluster(tmp_path: Path, falls: Sequence[Fall]) -> 
 def test_without_a_cluster_the_dev_server_is_judged(tmp_path: Path) -> None:
     """Each limit that a cluster does not have is seen then, and what needs a cluster says how to have one."""
     limits = {
-        "OP-03": "in SQLite", "OP-04": "in one shard", "OP-05": "archival", "OP-06": "a second region", "OP-07": "do not guard",
+        "OP-03": "in SQLite", "OP-04": "in one shard", "OP-05": "archival", "OP-06": "a second region",
+        "OP-07": "do not guard",
     }  # fmt: skip
     verdicts = evaluate(SCRIPT, tmp_path, *limits)
     for item, words in limits.items():
