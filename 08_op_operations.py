@@ -316,10 +316,10 @@ class Certificates:
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def key_and_chain(self, name: str) -> tuple[bytes, bytes]:
-        """A server's certificate as grpcio takes it."""
+    def key_and_chain(self, name: str) -> list[str]:
+        """A server's private key and its certificates, as PEM."""
         issued = self._authority.issue_cert(name)
-        return issued.private_key_pem.bytes(), b"".join(one.bytes() for one in issued.cert_chain_pems)
+        return [one.bytes().decode() for one in (issued.private_key_pem, *issued.cert_chain_pems)]
 
 
 async def one_command(lab: Lab) -> list[Evidence]:
@@ -416,21 +416,16 @@ def refused_fact(said: str) -> Fact:
     return equal(said if said == "let in" else "refused", "refused")
 
 
-@contextlib.asynccontextmanager
-async def key_gate(server: Server, key: str, certificates: Certificates, seen: Counter[str]) -> AsyncIterator[str]:
-    """A gateway that ends TLS, counts the authorization headers it sees, and passes on who has the right one.
-
-    It hands the bytes of each call on as they are, and knows nothing of Temporal. Yields its address.
-    """
-    # The cluster's database is forked from here, as another user; no child of ours uses gRPC.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+async def stand_at_the_gate(server: str, key: str, files: Mapping[str, str], chain: Sequence[str]) -> None:
+    """A gateway, in a process of its own: it ends TLS, notes the authorization headers it sees, and passes on who has
+    the right key. It hands the bytes of each call on as they are, and knows nothing of Temporal."""
     import grpc
     import grpc.aio
 
     class Gate(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
         def service(self, call: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes]":
             header = str(dict(call.invocation_metadata).get("authorization", ""))
-            seen[header] += 1
+            note(files["headers"], header)
             passes = functools.partial(forward, call.method) if header == f"Bearer {key}" else refuse
             return grpc.unary_unary_rpc_method_handler(passes)
 
@@ -448,21 +443,22 @@ async def key_gate(server: Server, key: str, certificates: Certificates, seen: C
 
     gate = grpc.aio.server()
     gate.add_generic_rpc_handlers([Gate()])
-    port = gate.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([certificates.key_and_chain("127.0.0.1")]))
-    async with grpc.aio.insecure_channel(server.address) as onward:
+    private, *public = (one.encode() for one in chain)
+    port = gate.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(private, b"".join(public))]))
+    async with grpc.aio.insecure_channel(server) as onward:
         await gate.start()
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            await gate.stop(None)
+        note(files["port"], str(port))
+        await gate.wait_for_termination()
 
 
 async def keyed(lab: Lab, server: Server, certificates: Certificates) -> Evidence:
-    seen: Counter[str] = Counter()
-    async with key_gate(server, "right", certificates, seen) as address:
-        settings = {"TEMPORAL_ADDRESS": address, **certificates.trust}
+    files = {name: lab.file(f"gate.{name}") for name in ("port", "headers")}
+    chain = certificates.key_and_chain("127.0.0.1")
+    async with lab.process(stand_at_the_gate, server.address, "right", files, chain):
+        await until(lambda: notes(files["port"]), "the gateway is open")
+        settings = {"TEMPORAL_ADDRESS": f"127.0.0.1:{notes(files['port'])[0]}", **certificates.trust}
         said = await greet(lab, settings | {"TEMPORAL_API_KEY": "right"})
-        headers = sorted(seen)
+        headers = sorted(set(notes(files["headers"])))
         wrong = await turned_away(lab, settings | {"TEMPORAL_API_KEY": "wrong"})
         none = await turned_away(lab, settings)
     return holds(
@@ -471,7 +467,7 @@ async def keyed(lab: Lab, server: Server, certificates: Certificates) -> Evidenc
         headers_of_its_calls=equal(headers, ["Bearer right"]),
         wrong_key=reason(wrong, "wrong key"),
         no_key=reason(none, "wrong key"),
-        all_headers=equal(sorted(seen), ["", "Bearer right", "Bearer wrong"]),
+        all_headers=equal(sorted(set(notes(files["headers"]))), ["", "Bearer right", "Bearer wrong"]),
     )
 
 
@@ -1770,16 +1766,17 @@ async def until_told(worker: Worker) -> None:
 
 
 async def example_op_04(client: Client) -> None:
-    queue, shipments = "packers", Worker(client, task_queue="shipments", workflows=[Shipment])
-    async with shipments, packer(client, queue):
+    queue = "packers"
+    async with Worker(client, task_queue="shipments", workflows=[Shipment]):
         handle = await client.start_workflow(
-            Shipment.run, Order(50, queue), id=f"shipment-{uuid.uuid4()}", task_queue="shipments"
+            Shipment.run, Order(200, queue), id=f"shipment-{uuid.uuid4()}", task_queue="shipments"
         )
-        leaving = asyncio.create_task(until_told(packer(client, queue)))  # in a process of its own, as a rule
-        await asyncio.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGTERM)  # told to end in the middle of it
+        leaving = asyncio.create_task(until_told(packer(client, queue)))
+        await asyncio.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # a deployment, in the middle of the work
         await leaving
-        print(f"{len(await handle.result())} parcels, none lost")
+        async with packer(client, queue):  # its successor
+            print(f"{len(await handle.result())} parcels, none lost")
 
 
 # OP-04 put to the test -------------------------------------------------------------------------------
@@ -2599,13 +2596,12 @@ async def example_op_06(client: Client) -> None:
         )
 
     route = Route(str(uuid.uuid4()), stages=5, postcards=1)
+    id = f"journey-{route.journey}"
     async with worker():
-        async with worker():
-            handle = await client.start_workflow(
-                Journey.run, route, id=f"journey-{route.journey}", task_queue="journeys"
-            )
-        await handle.signal(Journey.postcard, 1)  # one of the two workers is gone by now
-        print(f"Stages {await handle.result()}, carried {len(ferry.carried)}")
+        journey = await client.start_workflow(Journey.run, route, id=id, task_queue="journeys")
+    await journey.signal(Journey.postcard, 1)  # nobody is there to read it
+    async with worker():  # a successor, as on another machine
+        print(f"Stages {await journey.result()}, carried {len(ferry.carried)}")
 
 
 # OP-06 put to the test -------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ FALLS = [
     # A query finds a run too few.
     Fall("OP-02", '["x", "y"], ["y", "z"]', '["x", "y"], ["z"]', 3, ["each query finds exactly"]),
     # The server keeps nothing on disk.
-    Fall("OP-03", "private_server(file=True) as server, lab.worker([Inbox]", "private_server() as server, lab.worker([Inbox]",
-         None),
+    Fall("OP-03", "lab.private_server(file=True) as server, lab.worker([Inbox]",
+         "lab.private_server() as server, lab.worker([Inbox]", None),
     # The backup is made a signal later.
     Fall("OP-03", "await asyncio.to_thread(back_up, original, copy)",
          "await handles[0].signal(Inbox.put, 98); await asyncio.to_thread(back_up, original, copy)", 3,
