@@ -1975,10 +1975,12 @@ TOLD = {
 
 @activity.defn
 async def wrap(gate: str) -> str:
-    """Takes until the gate is open, and notes that it has begun."""
+    """Takes until the gate is open, and notes that it has begun, and that its worker is to leave."""
     note(f"{gate}.begun", str(os.getpid()))
     while not Path(gate).exists():
         activity.heartbeat()
+        if activity.is_worker_shutdown():
+            note(f"{gate}.told", "")
         await asyncio.sleep(0.05)
     return "wrapped"
 
@@ -2010,7 +2012,7 @@ async def told_to_end(lab: Lab, name: str, case: Told) -> Evidence:
         await until(lambda: notes(f"{gate}.begun"), "the activity is under way")
         os.kill(packer.pid, signal.SIGTERM)
         if case.grace and case.handler:
-            await asyncio.sleep(0.5)  # longer than a shutdown without any grace takes
+            await until(lambda: notes(f"{gate}.told"), "the activity knows that its worker is to leave")
             open_gate(gate)
         begun = time.monotonic()
         how = await ended(handle)
