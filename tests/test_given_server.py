@@ -47,7 +47,9 @@ async def open_and_all(server: Server) -> tuple[int, int]:
     ],
 )
 def test_an_item_of_each_script(server: Server, tmp_path: Path, script: str, item: str, stars: int) -> None:
+    # No cluster of its own beside the given server, whether or not one is prepared here.
     env = {"TEMPORAL_ADDRESS": server.address, "TEMPORAL_NAMESPACE": "evaluation"}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     _, before = asyncio.run(open_and_all(server))
     verdicts = evaluate(ROOT / script, tmp_path, item, env=env)
     assert verdicts.stars(item) == stars, verdicts.out
