@@ -714,7 +714,6 @@ async def external_signals(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.wait_condition,
         WorkflowHandle.signal,
         workflow.get_external_workflow_handle,
-        workflow.get_external_workflow_handle_for,
         workflow.ExternalWorkflowHandle.signal,
         workflow.ExternalWorkflowHandle.cancel,
         workflow.continue_as_new,
@@ -1336,7 +1335,7 @@ async def killed_while_accepted(lab: Lab, till: Till, server: Server) -> Evidenc
     server.kill()
     down = await server.start()
     open_gate(till.lab.gate("killed"))
-    newcomer: Handle = (await connect(server.target)).get_workflow_handle(handle.id)
+    newcomer: Handle = (await connect(server.target)).get_workflow_handle(handle.id, result_type=Means)
     update: WorkflowUpdateHandle[int] = newcomer.get_update_handle(bill.number, result_type=int)
     async with lab.worker_process(**parts):
         answer = await sent(update.result())
