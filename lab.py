@@ -613,7 +613,7 @@ class Session:
         else:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun
-        self.capabilities = await capabilities(self.client)
+        self.capabilities = await capabilities(self.client, ours=bool(self._embedded or self._cluster))
         where = "cluster" if self._cluster else "embedded server" if self._embedded else "given server"
         if where == "given server":
             self.remarks += self.capabilities.told()

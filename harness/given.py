@@ -205,8 +205,11 @@ def _probes(client: Client) -> dict[str, Callable[[], Awaitable[Any]]]:
 NEED_THE_SYSTEM_WORKER = ("schedules", "batch operations", "worker deployments")
 
 
-async def capabilities(client: Client, seconds: float = 5) -> Capabilities:
-    """Ask a server what it can do, in some milliseconds; in up to twice `seconds` where its own worker is missing."""
+async def capabilities(client: Client, seconds: float = 5, ours: bool = False) -> Capabilities:
+    """Ask a server what it can do, in some milliseconds; in up to twice `seconds` where its own worker is missing.
+
+    One of `ours` has its worker, which only comes some seconds after it: that is not waited for.
+    """
     system = await client.workflow_service.get_system_info(service.GetSystemInfoRequest())
     request = service.DescribeNamespaceRequest(namespace=client.namespace)
     described = await client.workflow_service.describe_namespace(request)
@@ -216,7 +219,7 @@ async def capabilities(client: Client, seconds: float = 5) -> Capabilities:
     if not hasattr(service, "DescribeActivityExecutionRequest"):
         missing["standalone activities"] = "this SDK does not have them"
     features = [*probes, "system worker"]
-    if why := await _no_system_worker(client, seconds, "batch operations" not in missing):
+    if not ours and (why := await _no_system_worker(client, seconds, "batch operations" not in missing)):
         missing["system worker"] = why
         missing |= {name: f"{why}, which does their work" for name in NEED_THE_SYSTEM_WORKER if name not in missing}
     limits = getattr(described.namespace_info, "limits", None)

@@ -25,7 +25,8 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a command under test: ours without the settings that steer it, then `changes`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NEUTRAL)}
     kept = {name: value for name, value in kept.items() if name.lower() not in PROXIES}
-    return kept | {"LANG": "C.UTF-8"} | changes
+    # What is made to fail must be seen to fail, and not be put down to a machine that runs other tests beside it.
+    return kept | {"LANG": "C.UTF-8", "EVALUATION_SLOW": "1000"} | changes
 
 
 def own_dotenv(script: Path) -> dict[str, str]:
