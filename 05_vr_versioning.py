@@ -1711,7 +1711,7 @@ async def unversioned_beside(lab: Lab) -> list[Evidence]:
             HOP,
             runs_until_one_broke=tries,
             its_workflow_task=contains(mixed.trouble, "TMPRL1100"),
-            workers_that_had_a_task_of_it=equal(hands, ["new code", "old code"]),
+            workers_that_had_a_task_of_it=contains(hands, "new code", "old code"),
         ),
         holds(
             MOVE_OVER,
