@@ -1832,7 +1832,7 @@ async def told_to_end(lab: Lab) -> list[Evidence]:
 async def rolled(lab: Lab) -> Evidence:
     """The workers of a queue are told to end, one after the other while they work; a new one is there already."""
     queue = f"{lab.id}-rolled"
-    faults = [slow(step, 0.3) for step in ("pay", "ship")]
+    faults = [slow(step, slowness()) for step in ("pay", "ship")]
 
     def worker(name: str) -> contextlib.AbstractAsyncContextManager[Child]:
         return deployed(lab, queue, Journal(lab.file("journal"), name), faults=faults)
@@ -2352,7 +2352,7 @@ async def migrate(lab: Lab) -> list[Evidence]:
     other = await begin_shipment(lab, "hasty", Shipment, BONN, queue=queue)
     async with worker(with_converter(lab.client, hasty)):
         await until_over(other)
-    read = reread(hasty, {"city": "Bonn", "parcel": {"size": "M"}}, TownAddress)
+    read = reread(hasty, {"city": "Bonn", "parcel": {"size": "M", "weight": 700}}, TownAddress)
     parcel = reread(hasty, {"size": "M", "weight": 700}, WeighedParcel)
     return [
         holds(
