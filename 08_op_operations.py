@@ -2602,7 +2602,7 @@ async def example_op_06(client: Client) -> None:
 
 # OP-06 put to the test -------------------------------------------------------------------------------
 
-STAGES, STAGE_SECONDS = 6, 0.2
+STAGES, STAGE_SECONDS, HELD = 6, 0.1, 3
 
 
 class BookedFerry:
@@ -2620,7 +2620,7 @@ class Line:
 
     def __init__(self, lab: Lab, name: str, client: Client | None = None, seconds: float = STAGE_SECONDS) -> None:
         self.lab, self.queue, self.client = lab, f"{lab.id}-{name}", client or lab.client
-        self.books = Books(lab.file(f"{name}.sqlite"))
+        self.books, self.gate = Books(lab.file(f"{name}.sqlite")), lab.gate(name)
         self.parts: dict[str, Any] = {
             "workflows": [Journey],
             "activities": [Travel(BookedFerry(self.books)).travel],
@@ -2628,6 +2628,16 @@ class Line:
             "faults": [slow("travel", seconds)],
             "shortened": {"travel": {"start_to_close_timeout": soon()}},
         }
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The same parts; only, each journey is held at its stage HELD until the gate is opened."""
+        return self.parts | {"faults": [*self.parts["faults"], hold("travel", self.gate, number=HELD)]}
+
+    def in_hand(self) -> Counter[int]:
+        """How many journeys each worker holds, by its process; an attempt that is made again counts once."""
+        held = {call.workflow: call.pid for call in self.calls() if call.argument["number"] == HELD}
+        return Counter(held.values())
 
     async def depart(self, count: int, stages: int = STAGES, postcards: int = 0, name: str = "") -> list[Travelling]:
         ids = [f"{self.queue}-{name}{number}" for number in range(count)]
@@ -2656,28 +2666,23 @@ class Line:
 async def one_of_two_dies(lab: Lab, sticky: float) -> tuple[Facts, Spread]:
     """Facts of what came of it, and the seconds from the kill until each journey's next stage began."""
     line = Line(lab, f"takeover-{sticky:.0f}")
-    parts = line.parts | {"sticky_queue_schedule_to_start_timeout": timedelta(seconds=sticky)}
+    # Neither can take all six, so that both have some in hand.
+    parts = line.held | {"max_concurrent_activities": 4}
+    parts["sticky_queue_schedule_to_start_timeout"] = timedelta(seconds=sticky)
     async with lab.worker_process(**parts) as victim, lab.worker_process(**parts) as heir:
-
-        def both_have(calls: int) -> bool:
-            of = Counter(call.pid for call in line.calls())
-            return min(of[victim.pid], of[heir.pid]) >= calls
-
-        async def both_serve() -> bool:  # if one came late, the other would take all there is
-            await line.arrive(await line.depart(4, 1, name=f"{uuid.uuid4().hex[:4]}-"), 1)
-            return both_have(1)
-
-        await until(both_serve, "both workers take part")
-        before = len(line.calls())
         handles = await line.depart(6)
-        await until(lambda: both_have(3) and len(line.calls()) > before + 6, "both workers have begun stages")
+        await until(lambda: line.in_hand().total() == 6, "every journey is held at the same stage")
+        orphans = line.in_hand()[victim.pid]
         await victim.kill()
         killed = time.time()
+        open_gate(line.gate)
         facts = await line.arrive(handles)
         after = line.calls(killed)
-        facts["all later calls by the other worker"] = equal({call.pid for call in after} == {heir.pid}, True)
     firsts = {call.workflow: call.at for call in reversed(after)}
-    return facts | {"effects": line.effects(handles)}, Spread.of([at - killed for at in firsts.values()], "s")
+    facts["stages in the hands of the dead"] = between(orphans, 1, 4)
+    facts["later calls by others than the other worker"] = equal({call.pid for call in after} - {heir.pid}, set())
+    facts["journeys that went on"] = equal(len(firsts), 6)
+    return facts | {"effects": line.effects(handles)}, Spread.of([at - killed for at in firsts.values()] or [0], "s")
 
 
 async def takeover(lab: Lab) -> Evidence:
@@ -2696,13 +2701,14 @@ async def server_crash(lab: Lab) -> Evidence:
     """The server dies and comes back on its file; its worker process and its client are left alone."""
     async with lab.private_server(file=True) as server:
         line = Line(lab, "crash", server.client)
-        async with lab.worker_process(**line.parts, server=server) as worker:
+        async with lab.worker_process(**line.held, server=server) as worker:
             handles = await line.depart(4)
-            await until(lambda: len(line.calls()) >= 8, "stages have begun")
+            await until(lambda: line.in_hand().total() == 4, "every journey is held at the same stage")
             server.kill()
             killed = time.time()
             await server.start()
             restarted = time.time()
+            open_gate(line.gate)
             await until(lambda: line.calls(restarted), "another stage has begun")
             facts = await line.arrive(handles)
             alive = worker.alive
