@@ -61,6 +61,7 @@ from lab import (
     slow,
     status_of,
     until,
+    withhold,
 )
 
 import asyncio
@@ -2631,8 +2632,8 @@ class Line:
 
     @property
     def held(self) -> dict[str, Any]:
-        """The same parts; only, each journey is held at its stage HELD until the gate is opened."""
-        return self.parts | {"faults": [*self.parts["faults"], hold("travel", self.gate, number=HELD)]}
+        """The same parts; only, the answer of each journey's stage HELD is kept back until the gate is opened."""
+        return self.parts | {"faults": [*self.parts["faults"], withhold("travel", self.gate, number=HELD)]}
 
     def in_hand(self) -> Counter[int]:
         """How many journeys each worker holds, by its process; an attempt that is made again counts once."""
