@@ -2007,7 +2007,11 @@ async def told_to_end(lab: Lab, name: str, case: Told) -> Evidence:
         await until(lambda: notes(f"{gate}.begun"), "the activity is under way")
         os.kill(packer.pid, signal.SIGTERM)
         if case.grace and case.handler:
-            await until(lambda: notes(f"{gate}.told"), "the activity knows that its worker is to leave")
+
+            async def leaving() -> bool:
+                return bool(notes(f"{gate}.told")) or name_of(await status_of(handle)) != "RUNNING"
+
+            await until(leaving, "the activity knows that its worker is to leave, or was not told and has failed")
             open_gate(gate)
         begun = time.monotonic()
         how = await ended(handle)
