@@ -64,7 +64,7 @@ FALLS = [
     # Somebody handles the signal where nobody should.
     Fall("OP-04", "    if handler:\n", "    if True:\n", None),
     # The platform deletes earlier than it was told to.
-    Fall("OP-05", "{name: at - end.timestamp() for", "{name: at - end.timestamp() - 2 for", 2, ["and not before"]),
+    Fall("OP-05", "{name: at - end.timestamp() for", "{name: at - end.timestamp() - 20 for", 2, ["and not before"]),
     # The neighbour of the deleted workflow is gone, too.
     Fall("OP-05", "await traces(client, spared), WHOLE",
          "await traces(client, doomed), WHOLE", 2, ["its neighbour stays"]),
