@@ -102,7 +102,7 @@ ON_A_CLUSTER = [
     # The bucket answers all the time.
     Fall("OP-05", "    bucket.pause()\n", "", 3, ["while the bucket does not answer"]),
     # Both namespaces have an archive.
-    Fall("OP-05", '"lost", RETENTION, **UNARCHIVED', '"lost", RETENTION, **STATES', None),
+    Fall("OP-05", '"lost", short_time(), **UNARCHIVED', '"lost", short_time(), **STATES', None),
     # Region a lives.
     Fall("OP-06", "self.local = await self.a.client", "self.local = await self.b.client", None),
     # Signals that are there twice.
