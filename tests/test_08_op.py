@@ -64,7 +64,7 @@ FALLS = [
     # Somebody handles the signal where nobody should.
     Fall("OP-04", "    if handler:\n", "    if True:\n", None),
     # The platform deletes earlier than it was told to.
-    Fall("OP-05", "{name: at - end.timestamp() for", "{name: at - end.timestamp() - 2 for", 2, ["and not before"]),
+    Fall("OP-05", "{name: at - end.timestamp() for", "{name: at - end.timestamp() - 20 for", 2, ["and not before"]),
     # The neighbour of the deleted workflow is gone, too.
     Fall("OP-05", "await traces(client, spared), WHOLE",
          "await traces(client, doomed), WHOLE", 2, ["its neighbour stays"]),
@@ -102,7 +102,7 @@ ON_A_CLUSTER = [
     # The bucket answers all the time.
     Fall("OP-05", "    bucket.pause()\n", "", 3, ["while the bucket does not answer"]),
     # Both namespaces have an archive.
-    Fall("OP-05", '"lost", RETENTION, **UNARCHIVED', '"lost", RETENTION, **STATES', None),
+    Fall("OP-05", '"lost", short_time(), **UNARCHIVED', '"lost", short_time(), **STATES', None),
     # Region a lives.
     Fall("OP-06", "self.local = await self.a.client", "self.local = await self.b.client", None),
     # Signals that are there twice.
