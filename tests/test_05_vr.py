@@ -42,8 +42,8 @@ FALLS = [
     Fall("VR-01", 'name == "moving" else', 'name in ("moving", "orphan") else', 3,
          ["a pinned run whose build has no worker"]),
     # The activity that is running during the switch is lost, and tried again.
-    Fall("VR-01", 'withhold("pay", gate, silent=True)', 'dataclasses.replace(withhold("pay", gate), does="fail", attempts=1)', 3,
-         ["running during the switch"]),
+    Fall("VR-01", 'withhold("pay", gate, silent=True)',
+         'dataclasses.replace(withhold("pay", gate), does="fail", attempts=1)', 3, ["running during the switch"]),
     # A version is current before the first run.
     Fall("VR-01", '    waiting, queue = await shop.order(PINNED, "early")',
          '    await shop.switch("1.0")\n    waiting, queue = await shop.order(PINNED, "early")', 4,
