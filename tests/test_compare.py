@@ -198,7 +198,7 @@ def test_a_falling_star_is_told_apart_from_a_changed_script(tmp_path: Path) -> N
     first = evaluate(script, tmp_path, "CP-02")
     file = tmp_path / "old.json"
     file.write_text(json.dumps(first.record), encoding="utf-8")
-    broken = changed(script, tmp_path, ("return scheduled[step - 1]", "return scheduled[0]"))
+    broken = changed(script, tmp_path, ("if scheduled.activity_id == activity_id:", "if scheduled.activity_id:"))
     done = run(broken, "CP-02", "--against", str(file), cwd=tmp_path)
     assert done.returncode == 1
     assert "Lost: " in done.stdout

@@ -38,7 +38,7 @@ async def open_and_all(server: Server) -> tuple[int, int]:
         ("01_ex_execution_semantics.py", "EX-06", 4),
         ("02_rt_retry_timeout.py", "RT-02", 4),
         ("03_wf_workflow_primitives.py", "WF-02", 4),
-        ("04_sg_signals_events.py", "SG-02", 5),
+        ("04_sg_signals_events.py", "SG-02", 4),
         ("05_vr_versioning.py", "VR-01", 4),
         ("06_cp_compensation.py", "CP-01", 3),
         ("08_op_operations.py", "OP-06", 3),
