@@ -787,6 +787,14 @@ def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
         file.write("\n")
 
 
+def accept_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a record in an older one's place; items that did not run this time stay as they were recorded."""
+    kept = json.loads(file.read_text(encoding="utf-8"))["items"] if file.exists() else []
+    ran = {item["id"]: item for item in record["items"]}
+    items = {item["id"]: item for item in kept} | ran
+    write_json(file, {**record, "items": [items[id] for id in sorted(items)]})
+
+
 def against(path: str, category: Category, record: Mapping[str, Any], accept: bool, screen: Screen) -> int:
     """Show what differs from a recorded run. Returns the exit status: 1 where something was lost, or it is stale.
 
@@ -802,6 +810,6 @@ def against(path: str, category: Category, record: Mapping[str, Any], accept: bo
     if not accept:
         return status_of(changes)
     file = Path(path) / f"{script_of(category).stem}.json" if Path(path).is_dir() else Path(path)
-    write_json(file, record)
+    accept_record(file, record)
     screen.line(f"Accepted: {file}")
     return 0

@@ -7,6 +7,7 @@ This file adds nothing to them: it counts, applies the fail-closed rule, and sho
 from common import (
     HERE,
     Unusable,
+    accept_record,
     check_baseline,
     check_writable,
     is_unicode,
@@ -17,7 +18,6 @@ from common import (
     stars_text,
     stop_signals,
     wrapped,
-    write_json,
 )
 from harness.compare import compare, lines_of, status_of
 from harness.given import Inventory, handed_over
@@ -384,6 +384,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for option in ("html", "junit"):
         check_writable(option, getattr(options, option))
     check_baseline(options.against, options.accept)
+    if options.accept and not Path(options.against).is_dir():
+        raise Unusable("--accept of a whole run needs a folder behind --against: a file holds one script.")
     return options
 
 
@@ -477,8 +479,8 @@ def hand_over(
 def accept(path: Path, records: Sequence[Mapping[str, Any]], board: Board) -> None:
     """Write this run where the other one stands: a file a script."""
     for record in records:
-        stem = next(one.stem for one in HERE.glob("[0-9][0-9]_*.py") if record["category"].lower() in one.stem[3:])
-        write_json(path / f"{stem}.json" if path.is_dir() else path, record)
+        stem = next(one.stem for one in HERE.glob("[0-9][0-9]_*.py") if one.stem[3:5] == record["category"].lower())
+        accept_record(path / f"{stem}.json", record)
     board.line(f"Accepted: {path}")
 
 

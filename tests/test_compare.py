@@ -1,5 +1,6 @@
 """Two runs side by side: losses are found, also under a cap, noise is not, and what is no record is refused."""
 
+from common import accept_record
 from harness.compare import compare, how_far, lines_of, status_of
 from harness.record import CategoryRecord, FactRecord, Run, load_run
 
@@ -125,6 +126,25 @@ def test_a_loss_fails_the_run_and_accepting_writes_the_new_record(tmp_path: Path
     assert f"Accepted: {file}" in accepted.stdout.replace("\n", "")
     assert json.loads(file.read_text())["items"][0]["stars"] == 3
     assert "Nothing was lost" in run(script, "TT-01", "--against", str(file), cwd=tmp_path).stdout
+
+
+def test_accepting_some_items_keeps_the_others_as_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    record = {"category": "XX", "items": [item(3), item(4, id="XX-02")]}
+    file.write_text(json.dumps(record), encoding="utf-8")
+    accept_record(file, {"category": "XX", "items": [item(5, id="XX-02")]})
+    stars = {one["id"]: one["stars"] for one in json.loads(file.read_text(encoding="utf-8"))["items"]}
+    assert stars == {"XX-01": 3, "XX-02": 5}
+
+
+def test_a_whole_run_is_accepted_into_the_files_of_its_own_scripts(tmp_path: Path) -> None:
+    command = project(tmp_path, _01_tt="TT-01")
+    assert run(command, "--record", str(tmp_path / "results"), cwd=tmp_path).returncode == 0
+    done = run(command, "--against", str(tmp_path / "results"), "--accept", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one.name for one in (tmp_path / "results").iterdir()] == ["01_tt.json"]
+    refused = run(command, "--against", str(tmp_path / "results" / "01_tt.json"), "--accept", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(
