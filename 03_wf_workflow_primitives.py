@@ -64,7 +64,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 import nexusrpc
@@ -76,7 +76,6 @@ from temporalio.api.operatorservice.v1 import CreateNexusEndpointRequest, Delete
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
-    ActivityHandle,
     Client,
     Schedule,
     ScheduleActionExecutionStartWorkflow,
@@ -97,6 +96,9 @@ from temporalio.exceptions import ApplicationError, ChildWorkflowError, FailureE
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 from temporalio.workflow import ParentClosePolicy
+
+if TYPE_CHECKING:
+    from temporalio.client import ActivityHandle  # not in SDK 1.22
 
 WF = Category(
     "WF",
@@ -389,9 +391,9 @@ async def step_definition(lab: Lab) -> AsyncIterator[Evidence]:
         workflow.execute_activity,
         workflow.execute_activity_method,
         workflow.execute_local_activity,
-        Client.execute_activity,
-        Client.get_activity_handle,
-        ActivityHandle.describe,
+        "temporalio.client.Client.execute_activity",
+        "temporalio.client.Client.get_activity_handle",
+        "temporalio.client.ActivityHandle.describe",
     )
 
 
@@ -2156,22 +2158,21 @@ def place_of(ticket: Ticket) -> Priority:
     )
 
 
-async def hand_in(client: Client, ticket: Ticket, queue: str) -> ActivityHandle[str]:
-    return await client.start_activity(
-        serve,
-        ticket,
-        id=f"ticket-{ticket.number}",
-        task_queue=queue,
-        start_to_close_timeout=timedelta(minutes=1),
-        priority=place_of(ticket),
-    )
-
-
 async def example_wf_06(client: Client) -> None:
     queue = f"tickets-{uuid.uuid4()}"
     tickets = [Ticket("large", f"{queue}-{number}") for number in range(8)]
     tickets += [Ticket("small", f"{queue}-8"), Ticket("large", f"{queue}-9", urgent=True)]
-    waiting = [await hand_in(client, ticket, queue) for ticket in tickets]
+    waiting = [
+        await client.start_activity(
+            serve,
+            ticket,
+            id=f"ticket-{ticket.number}",
+            task_queue=queue,
+            start_to_close_timeout=timedelta(minutes=1),
+            priority=place_of(ticket),
+        )
+        for ticket in tickets
+    ]
     worker = Worker(
         client,
         task_queue=queue,
@@ -2200,7 +2201,7 @@ async def submit(
     *,
     server: Server | None = None,
     queue: str = "",
-) -> list[ActivityHandle[str]]:
+) -> list["ActivityHandle[str]"]:
     """Start an activity per customer, one after the other, on a queue of their own."""
     if server is None:
         lab.needs("standalone activities")
@@ -2296,7 +2297,7 @@ async def rate_limit(lab: Lab) -> list[Evidence]:
     ]
 
 
-async def given_out(handles: Sequence[ActivityHandle[Any]]) -> list[float]:
+async def given_out(handles: Sequence["ActivityHandle[Any]"]) -> list[float]:
     """When activities were given to a worker, in seconds after the first of them."""
     times = [(await handle.describe()).last_started_time for handle in handles]
     known = sorted(one for one in times if one)
@@ -2471,8 +2472,8 @@ async def queues(lab: Lab) -> AsyncIterator[Evidence]:
         (Priority, "priority_key"),
         (Priority, "fairness_key"),
         (Priority, "fairness_weight"),
-        Client.start_activity,
-        (Client.start_activity, "priority"),
+        "temporalio.client.Client.start_activity",
+        "temporalio.client.Client.start_activity(priority)",
     )
 
 

@@ -47,6 +47,7 @@ from lab import (
     open_gate,
     outline,
     refusal,
+    requires,
     run,
     sandbox,
     status_of,
@@ -74,7 +75,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from temporalio import activity, workflow
 from temporalio.api.deployment.v1 import RoutingConfig, WorkerDeploymentVersionInfo
@@ -1268,10 +1269,6 @@ class Months:
 class Renewable:
     """A run that never ends by itself, so that it would stay on its build for ever."""
 
-    behavior: ClassVar[workflow.ContinueAsNewVersioningBehavior | None] = (
-        workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE
-    )
-
     @workflow.init
     def __init__(self, months: Months) -> None:
         self.due = months.due
@@ -1285,12 +1282,16 @@ class Renewable:
     def end(self) -> None:
         self.ended = True
 
+    def go_on(self, months: Months) -> NoReturn:
+        """Continue on the build that is current now, to which a pinned run does not move otherwise."""
+        upgrade = workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE
+        workflow.continue_as_new(months, initial_versioning_behavior=upgrade)
+
     async def next(self, months: Months) -> Purchase | None:
         """Wait for the next month, None when there is none. Where a new build waits, the month begins as a new run."""
         if workflow.info().is_target_worker_deployment_version_changed() and not self.ended:
             # What was signalled and not done yet goes along, or it would be lost.
-            going_on = dataclasses.replace(months, due=self.due)
-            workflow.continue_as_new(going_on, initial_versioning_behavior=self.behavior)
+            self.go_on(dataclasses.replace(months, due=self.due))
         await workflow.wait_condition(lambda: self.due > 0 or self.ended)
         if self.due == 0:
             return None
@@ -1396,7 +1397,8 @@ class PinnedOrderThree(Approvable):
 class StayingSubscription(SubscriptionOne):
     """Continues as new, too, but does not ask for the current build."""
 
-    behavior = None
+    def go_on(self, months: Months) -> NoReturn:
+        workflow.continue_as_new(months)
 
     @workflow.run
     async def run(self, months: Months) -> int:
@@ -1465,10 +1467,11 @@ async def three_releases(way: Rollout, drained_in: asyncio.Future[float]) -> lis
         async with way.release("1.0"):
             await way.switch("1.0")
             long = await way.begin(5)
-            subscriptions = [await subscribe(way, kind) for kind in ("Subscription", "StayingSubscription")]
+            subscriptions = asyncio.ensure_future(subscribe(way, "Subscription", "StayingSubscription"))
+            await asyncio.wait({subscriptions})
             seen = [await ramp(way), await take_over(way)]
             switched = time.monotonic()
-            seen += [await upgrade_at_continue_as_new(way, subscriptions), await drain(way, long)]
+            seen += [*await upgrade_at_continue_as_new(way, subscriptions), await drain(way, long)]
             drained_in.set_result(time.monotonic() - switched)
         seen.append(await roll_back_and_move(way))
     return [*seen, await nothing_lost(way)]
@@ -1591,17 +1594,31 @@ async def move_by_hand(way: Rollout, order: WorkflowHandle[Any, Any], build: str
     return done.code
 
 
-async def subscribe(way: Rollout, kind: str) -> WorkflowHandle[Any, Any]:
-    """A subscription on build 1.0 that has paid its first month."""
-    id = f"{way.queue}-{kind}"
-    await way.client.start_workflow(kind, Months(id), id=id, task_queue=way.queue, start_signal="renew")
-    handle = way.client.get_workflow_handle(id)  # of whichever run is the latest
-    await until_waiting(handle)
-    return handle
+Subscriptions = list[WorkflowHandle[Any, Any]]
 
 
-async def upgrade_at_continue_as_new(way: Rollout, subscriptions: Sequence[WorkflowHandle[Any, Any]]) -> Evidence:
+async def subscribe(way: Rollout, *kinds: str) -> Subscriptions:
+    """Subscriptions on build 1.0 that have paid their first month. Raises NotRun where the SDK is too old for them."""
+    requires(
+        "temporalio.workflow.Info.is_target_worker_deployment_version_changed",
+        "temporalio.workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE",
+    )
+    handles = []
+    for kind in kinds:
+        id = f"{way.queue}-{kind}"
+        await way.client.start_workflow(kind, Months(id), id=id, task_queue=way.queue, start_signal="renew")
+        handles.append(way.client.get_workflow_handle(id))  # of whichever run is the latest
+        await until_waiting(handles[-1])
+    return handles
+
+
+UPGRADES = "a long run learns of the new version and upgrades at continue-as-new, with its state"
+
+
+@piece(holds(UPGRADES))
+async def upgrade_at_continue_as_new(way: Rollout, subscribed: Awaitable[Subscriptions]) -> Evidence:
     """Build 2.0 is current by now. Two more months: in the first, each run learns of it and continues as new."""
+    subscriptions = await subscribed
     results, runs = [], []
     for one in subscriptions:
         first = (await one.describe()).run_id
@@ -1613,7 +1630,7 @@ async def upgrade_at_continue_as_new(way: Rollout, subscriptions: Sequence[Workf
         runs.append("another" if (await one.describe()).run_id != first else "the first")
     upgraded, stayed = subscriptions
     return holds(
-        "a long run learns of the new version and upgrades at continue-as-new, with its state",
+        UPGRADES,
         with_AUTO_UPGRADE=equal(ran(way.lab, upgraded), ["pay on 1.0", "pay on 1.0", "screen on 2.0", "pay on 2.0"]),
         without_it=equal(ran(way.lab, stayed), ["pay on 1.0"] * 3),
         months_counted_over_all_runs=equal(results, [3, 3]),
@@ -1900,9 +1917,9 @@ async def migration(lab: Lab) -> AsyncIterator[Evidence]:
     )
     yield native(
         "upgrading at continue-as-new is part of the SDK",
-        (workflow.continue_as_new, "initial_versioning_behavior"),
-        workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE,
-        workflow.Info.is_target_worker_deployment_version_changed,
+        "temporalio.workflow.continue_as_new(initial_versioning_behavior)",
+        "temporalio.workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE",
+        "temporalio.workflow.Info.is_target_worker_deployment_version_changed",
     )
     yield native(
         "time to finish is an option of the worker",

@@ -22,6 +22,7 @@ from common import (
     lacks,
     limit,
     native,
+    not_run,
     piece,
     side_by_side,
     slowness,
@@ -39,6 +40,7 @@ from lab import (
     fail,
     failed_tasks,
     hold,
+    lacks_yet,
     name_of,
     never_answer,
     note,
@@ -1245,6 +1247,11 @@ class StepIn:
     why: str = ""  # the path of the field, empty where the event has none
     reason: str = ""
     answer: str | None = None
+    api: str = ""  # of the SDK, where not every version has it
+
+    @property
+    def claim(self) -> str:
+        return f"{self.what} ends a stuck run as {self.status}"
 
 
 async def by_reset(one: Visit) -> None:
@@ -1258,6 +1265,7 @@ STEPS_IN = {
         "cancel, with a last word for the workflow,", lambda one: one.handle.cancel(reason="order withdrawn"),
         "CANCELED", "Workflow cancelled", ["take_back at home, attempt 1"],
         "workflow_execution_cancel_requested", why="cause", reason="order withdrawn",
+        api="temporalio.client.WorkflowHandle.cancel(reason)",
     ),
     "terminate": StepIn(
         "terminate, without a last word,", lambda one: one.handle.terminate(reason="parcel lost"),
@@ -1287,7 +1295,7 @@ async def step_in(lab: Lab, street: Street, name: str, way: StepIn) -> tuple[Evi
     how = await ended(one.handle)
     seconds = time.monotonic() - begun
     evidence = works(
-        f"{way.what} ends a stuck run as {way.status}",
+        way.claim,
         status=equal(how.status, way.status),
         came_of_it=equal(how.result or how.why, way.came_of_it),
         calls=equal(one.calls, [FIRST_CALL, *way.calls]),
@@ -1305,22 +1313,29 @@ async def only_event(handle: WorkflowHandle[Any, Any], kind: str) -> Any:
 
 
 async def from_python(lab: Lab, street: Street) -> list[Evidence]:
-    seen = await asyncio.gather(*(step_in(lab, street, *way) for way in STEPS_IN.items()))
-    who = {f"{name}_by": who for name, (_, who, _) in zip(STEPS_IN, seen, strict=True)}
-    why = {f"why_{name}": why for name, (_, _, why) in zip(STEPS_IN, seen, strict=True)}
+    too_new = {name: reason for name, way in STEPS_IN.items() if (reason := lacks_yet(way.api))}
+    ways = {name: way for name, way in STEPS_IN.items() if name not in too_new}
+    seen = await asyncio.gather(*(step_in(lab, street, *way) for way in ways.items()))
+    who = {f"{name}_by": who for name, (_, who, _) in zip(ways, seen, strict=True)}
+    why = {f"why_{name}": why for name, (_, _, why) in zip(ways, seen, strict=True)}
     me, reset_by = lab.client.identity, who.pop("reset_by")
-    return [evidence for evidence, _, _ in seen] + [
-        holds(
-            "the history says who cancelled, terminated, signalled and updated, and why where the call takes a reason",
-            **{name: equal(one, me) for name, one in who.items()},
-            **{f"why_{name}": equal(why[f"why_{name}"], way.reason) for name, way in STEPS_IN.items() if way.why},
-        ),
-        limit(
-            "who reset a run is not in the history, although the request named them",
-            in_the_request=me,
-            in_the_history=differs(reset_by, me),
-        ),
-    ]
+    missing = [not_run("works", STEPS_IN[name].claim, reason) for name, reason in too_new.items()]
+    return (
+        [evidence for evidence, _, _ in seen]
+        + missing
+        + [
+            holds(
+                "the history says who cancelled, terminated, signalled and updated, and why where a reason is taken",
+                **{name: equal(one, me) for name, one in who.items()},
+                **{f"why_{name}": equal(why[f"why_{name}"], way.reason) for name, way in ways.items() if way.why},
+            ),
+            limit(
+                "who reset a run is not in the history, although the request named them",
+                in_the_request=me,
+                in_the_history=differs(reset_by, me),
+            ),
+        ]
+    )
 
 
 async def forged(lab: Lab, street: Street) -> Evidence:

@@ -616,7 +616,7 @@ def listing(category: Category) -> str:
 
     recorded = recorded_here()
     age = age_of(recorded) if recorded else None
-    lines += [f"results/ is older than what is installed: {age}"] if age else []
+    lines += [f"results/: {age}"] if age else []
     return "\n".join(lines) + "\n"
 
 

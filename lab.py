@@ -52,6 +52,7 @@ from harness.settings import (
     unused_settings,
     user_settings,
 )
+from harness.versions import lacks_yet, requires
 from harness.workers import Child, Nursery, keep_bytecode, make_worker, sandbox, serve
 
 import argparse
@@ -92,8 +93,8 @@ if TYPE_CHECKING:
 # What scripts, cluster.py and tests take from here though it stands in harness/.
 __all__ = [
     "EVERY", "TUNED", "Call", "Child", "Fault", "Finished", "Guard", "Nursery", "Server", "die", "die_before", "fail",
-    "free_port", "hold", "make_folder", "make_worker", "never_answer", "note", "notes", "port_is_free", "refuse",
-    "sandbox", "slow", "slowness", "tail", "until", "withhold",
+    "free_port", "hold", "lacks_yet", "make_folder", "make_worker", "never_answer", "note", "notes", "port_is_free",
+    "refuse", "requires", "sandbox", "slow", "slowness", "tail", "until", "withhold",
 ]  # fmt: skip
 
 # 1. The lab ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from harness.settings import find_cli
 from harness.stages import STAGES, Api, Stage, api_name, api_stage
+from harness.versions import lacks_yet
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -187,7 +188,8 @@ def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
     that matter, such as "temporal workflow reset --query". A call of the server's raw API is named by the command
     that makes it. Each is looked up on the running platform: it must be there, belong to the SDK or the server, and
     carry no notice wherever one may stand (stages.py). `adds` lists what the demonstration had to build itself; it
-    must be empty. A stage that cannot be read is not taken for GA: then this was not run.
+    must be empty. A stage that cannot be read is not taken for GA: then this was not run, nor was it where the
+    installed SDK does not have it yet.
     """
     cli = find_cli()
     stages = {api_name(api): api_stage(api, cli) for api in apis}
@@ -196,6 +198,8 @@ def native(claim: str, *apis: Api, adds: Sequence[str] = ()) -> Evidence:
     held = None if worst == "not readable" and not adds else worst == "GA" and not adds
     measured = f"{found}; built by the demonstration: {', '.join(adds) or 'nothing'}"
     measured += "; no docstring, source or --help tells the stage of what is not readable" if held is None else ""
+    if yet := [why for api in apis if isinstance(api, str) and (why := lacks_yet(api))]:
+        return Evidence("native", claim, None, "; ".join(yet))
     return Evidence("native", claim, held, measured, stage=worst)
 
 

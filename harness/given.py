@@ -5,6 +5,7 @@
 3. Inventory       what was made there, and how it is removed, or named where the server keeps it
 """
 
+from harness import versions
 from harness.settings import NotRun, is_given, made_file, redacted, remember
 
 import asyncio
@@ -47,12 +48,15 @@ SWITCHED_OFF = r"(?i)disabled|not (yet )?(enabled|allowed|supported|implemented|
 def refusal(error: BaseException | None) -> str | None:
     """Why a server refused, in a sentence, when `error` or one of its causes says that it did; else None.
 
-    A refusal is a setting of the server, or of what stands before it, and no fault of Temporal's: the call is not
-    offered, not permitted, switched off, or over a limit that somebody set.
+    What the installed SDK does not have yet counts as one, too (versions.py). A refusal is a setting of the server,
+    or of what stands before it, and no fault of Temporal's: the call is not offered, not permitted, switched off, or
+    over a limit that somebody set.
     """
     while error is not None:
         if isinstance(error, NotRun):
             return str(error)
+        if why := versions.met(error):
+            return why
         if isinstance(error, RPCError):
             if words := between(str(error)):
                 return words

