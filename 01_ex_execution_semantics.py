@@ -20,6 +20,7 @@ from common import (
     limit,
     native,
     not_run,
+    piece,
     side_by_side,
     slowness,
     works,
@@ -2037,6 +2038,10 @@ async def fail_at_once(lab: Lab) -> Evidence:
     )
 
 
+REPORTED = "visibility lists the run as a reported problem, and not a healthy one beside it"
+
+
+@piece(holds(REPORTED))
 async def reported_problem(lab: Lab) -> Evidence:
     """How an operator finds such runs. The threshold is the server's; lowered here, to see it in seconds."""
     threshold = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}
@@ -2051,7 +2056,7 @@ async def reported_problem(lab: Lab) -> Evidence:
         failed = await failed_tasks(healthy.handle)
     name = len(lab.id) + 1
     return holds(
-        "visibility lists the run as a reported problem, and not a healthy one beside it",
+        REPORTED,
         open_runs=equal(sorted(id[name:] for id in open_runs), ["healthy", "stuck"]),
         reported=equal([id[name:] for id in found], ["stuck"]),
         failed_tasks_of_the_healthy_one=equal(len(failed), 0),

@@ -1608,7 +1608,7 @@ async def forgotten_id(lab: Lab, server: Server) -> Evidence:
     order = Order(f"{lab.id}-retained", ["once"])
     handle = server.client.get_workflow_handle(order.number)
     told = [await started(lab, server, order) for _ in range(2)]
-    deleted = await lab.cli("workflow", "delete", "--workflow-id", order.number, "--yes", server=server)
+    deleted = await lab.cli("workflow", "delete", "--workflow-id", order.number, server=server)
     if deleted.code:
         raise RuntimeError(f"temporal workflow delete: {deleted.err}")
     await until(lambda: refusal(handle), "the run is deleted")

@@ -1613,6 +1613,12 @@ async def no_trace(lab: Lab, street: Street) -> Evidence:
     )
 
 
+OF_PAUSED = "a workflow that was paused (experimental, and switched on here by a setting)"
+NOT_DESCRIBED = f"the Python client cannot describe {OF_PAUSED}"
+NOT_LISTED = f"the Python client cannot list runs among which is {OF_PAUSED}"
+
+
+@piece(limit(NOT_DESCRIBED), limit(NOT_LISTED))
 async def pause_workflow(lab: Lab, street: Street) -> list[Evidence]:
     """A whole workflow is paused, which has to be allowed on the server, and looked at from Python."""
     why = ("--reason", "look into it")
@@ -1626,10 +1632,9 @@ async def pause_workflow(lab: Lab, street: Street) -> list[Evidence]:
     if event != 1 or "look into it" not in shown.out:
         raise RuntimeError(f"the workflow was not paused: {shown.err or event}")
     broken, without = "not a valid WorkflowExecutionStatus", refused.err.partition("\n")[0]
-    what = "a workflow that was paused (experimental, and switched on here by a setting)"
     return [
-        limit(f"the Python client cannot describe {what}", it=contains(errors[0], broken), without_setting=without),
-        limit(f"the Python client cannot list runs among which is {what}", it=contains(errors[1], broken)),
+        limit(NOT_DESCRIBED, it=contains(errors[0], broken), without_setting=without),
+        limit(NOT_LISTED, it=contains(errors[1], broken)),
     ]
 
 
@@ -2004,6 +2009,10 @@ class LookUp:
         return address
 
 
+STUCK = "a run that is stuck in its own code, not failed, is found by a query, and a healthy one is not"
+
+
+@piece(holds(STUCK))
 async def stuck_in_code(market: Market) -> Evidence:
     """A run whose code raises stays RUNNING. The threshold is the server's; lowered here, to see it in seconds."""
     lab = market.lab
@@ -2023,7 +2032,7 @@ async def stuck_in_code(market: Market) -> Evidence:
         both = [name_of(await status_of(handle)) for handle in (healthy, stuck)]
         well = (await count_events(healthy))["WORKFLOW_TASK_COMPLETED"]
     return holds(
-        "a run that is stuck in its own code, not failed, is found by a query, and a healthy one is not",
+        STUCK,
         found=equal(found, [stuck.id]),
         both_are=equal(both, ["RUNNING", "RUNNING"]),
         its_workflow_task_failed_with=equal(messages[:1], ["'home'"]),

@@ -52,7 +52,7 @@ from harness.settings import (
     unused_settings,
     user_settings,
 )
-from harness.versions import lacks_yet, requires
+from harness.versions import command_lacks, lacks_yet, requires
 from harness.workers import Child, Nursery, keep_bytecode, make_worker, sandbox, serve
 
 import argparse
@@ -396,6 +396,8 @@ class Lab:
         if target.address is None:
             remember_command(arguments)
         done = await run_cli(self._session.cli, target, arguments, seconds)
+        if done.code and (why := command_lacks(arguments, done.err)):
+            raise NotRun(why)
         if target.address is None and done.code and (why := refused_command(done.err)):
             raise NotRun(why)
         return done

@@ -63,6 +63,8 @@ def refusal(error: BaseException | None) -> str | None:
             said = redacted(error.message)[:200]
             if error.status in (RPCStatusCode.UNIMPLEMENTED, RPCStatusCode.PERMISSION_DENIED):
                 return f"the server refuses it ({error.status.name}: {said})"
+            if missing := re.search(r"column name '(Temporal\w+)' is not a valid search attribute", said):
+                return f"the server does not know the search attribute {missing[1]}, which later versions have"
             off = error.status in (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
             if off and re.search(SWITCHED_OFF, said):
                 return f"the server refuses it ({error.status.name}: {said})"

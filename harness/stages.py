@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 import typing
 from collections.abc import Iterable, Iterator
 from types import FunctionType, MethodType, ModuleType
@@ -184,11 +185,21 @@ def _split(doc: str, parts: set[str]) -> tuple[str, dict[str, str]]:
     return doc, texts
 
 
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a source. On Python 3.11 parsing fails now and then while other threads are busy."""
+    for _ in range(20):
+        try:
+            return ast.parse(source)
+        except SystemError:
+            time.sleep(0.01)
+    return ast.parse(source)
+
+
 @functools.cache
 def _behind(one: type, part: str) -> str | None:
     """The string literal behind a field or an enum member in a class's source; None where there is no source."""
     try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        (tree,) = parsed(textwrap.dedent(inspect.getsource(one))).body
     except (OSError, TypeError, SyntaxError):
         return None
     assert isinstance(tree, ast.ClassDef)
