@@ -1469,6 +1469,10 @@ async def has_event(one: Visit, kind: str) -> bool:
     return kind in map(kind_of, await events_of(one.handle))
 
 
+PAUSED = "pause stops the attempts of an activity, unpause lets it go on; meanwhile it says who paused it and why"
+
+
+@piece(holds(PAUSED))
 async def pause_activity(lab: Lab, street: Street) -> Evidence:
     """Two deliveries are tried again and again. One is paused, and the other one measures the time."""
     paused, other = await asyncio.gather(*(stuck(lab, street, name, again=0.1) for name in ("paused", "other")))
@@ -1487,7 +1491,7 @@ async def pause_activity(lab: Lab, street: Street) -> Evidence:
     await paused.cli("unpause")
     how = await ended(paused.handle)
     return holds(
-        "pause stops the attempts of an activity, unpause lets it go on; meanwhile it says who paused it and why",
+        PAUSED,
         attempts_while_paused=equal(still, 0),
         of_the_one_not_paused_meanwhile=others,
         with_the_door_open=equal(waiting, "RUNNING"),
