@@ -69,7 +69,7 @@ FALLS = [
     # Half the runs that were asked for go to the new version.
     Fall("VR-03", '"2.0", RAMP)', '"2.0", RAMP / 2)', 2, ["a new version ramps"]),
     # The long run does not ask for the current version.
-    Fall("VR-03", "initial_versioning_behavior=self.behavior", "initial_versioning_behavior=None", 3,
+    Fall("VR-03", "months, initial_versioning_behavior=upgrade", "months", 3,
          ["a long run learns"]),
     # Both workers without versioning have the same code.
     Fall("VR-03", 'shop.worker("new", [OrderNew]', 'shop.worker("new", [OrderOld]', None, ["runs hop between them"]),
