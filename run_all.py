@@ -77,10 +77,18 @@ PLOTS = ("pf_latency.svg", "pf_fanout.svg", "pf_payload.svg")  # what script 07 
 ASSUMPTIONS = {
     "run time": "minutes to hours",
     "side effects": "limited writes",
-    "deployment": "self-hosted dev server",
+    "deployment": "self-hosted dev server",  # where the evaluation ran on another, see DEPLOYMENTS
     "scale": "about 100",
     "determinism": "LLM decisions included",
     "language": "Python",
+}
+
+
+# What the assumption "deployment" says, by where a run was.
+DEPLOYMENTS = {
+    "embedded": ASSUMPTIONS["deployment"],
+    "cluster": "self-hosted cluster of separate services on PostgreSQL",
+    "given": "the server that the settings name",
 }
 
 
@@ -398,7 +406,9 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
     """Print the tables, record what is to be kept, and return the exit status."""
     records = [record for record in (script.record for script in scripts) if record]
     items = {item["id"]: item for record in records for item in record["items"]}
-    assumptions = ASSUMPTIONS | ({"run time": options.run_time} if options.run_time else {})
+    where = records[0]["environment"]["where"] if records else "embedded"
+    assumptions = ASSUMPTIONS | {"deployment": DEPLOYMENTS[where]}
+    assumptions |= {"run time": options.run_time} if options.run_time else {}
     states = fail_closed_states(items, assumptions)
     rating = rate(items, assumptions, sum(script.missing for script in scripts))
     board.close()

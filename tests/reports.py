@@ -2,11 +2,14 @@
 
 The reports are written by hand. Three rules make them checkable:
 
-- An item's heading is `#### XX-01 Title ★★★★☆ stage`, and `, fail-closed` behind it where it is.
+- An item's heading is `#### XX-01 Title ★★★★☆ / ★★★★★ stage`, with the stars on the dev server and on the cluster
+  (these only where a cluster was recorded), and `, fail-closed` behind it where it is.
 - A figure stands in backticks, word for word as the item measured it. In a line that is not an item's
   own, it belongs to one of the items that the line names, or to `results/comparison.json` where the
   section is the comparison.
 - Tables of counts hold plain numbers, which are counted again from the record.
+- The table of all items has a row an item, `| [XX-01](#xx-01) | title | stars | stars on the cluster | stage | ... |`,
+  and each row leads to an anchor above the item's heading.
 """
 
 import collections
@@ -19,7 +22,7 @@ from typing import Any
 
 ITEM = re.compile(r"\b[A-Z]{2}-\d\d\b")
 HEADING = re.compile(
-    r"^#### (?P<id>[A-Z]{2}-\d\d) (?P<title>.+?) (?P<stars>[★☆]{5}|\?|-)"
+    r"^#### (?P<id>[A-Z]{2}-\d\d) (?P<title>.+?) (?P<stars>[★☆]{5}|\?|-)(?: / (?P<cluster>[★☆]{5}|\?|-))?"
     r"(?: (?P<stage>[^,]+))?(?P<closed>, fail-closed)?$"
 )
 SPAN = re.compile(r"`([^`\n]*)`")
@@ -36,6 +39,7 @@ class Record:
 
     categories: Sequence[Mapping[str, Any]]
     comparison: Mapping[str, Any]
+    cluster: "Record | None" = None
 
     @property
     def items(self) -> dict[str, Mapping[str, Any]]:
@@ -45,19 +49,22 @@ class Record:
         """All that an item claimed and measured, as one text."""
         item = self.items[id]
         words = [f"{one['claim']}\n{one['measured']}" for one in item["evidence"]]
+        words += [self.cluster.words_of(id)] if self.cluster else []
         text: str = "\n".join([*words, item["reason"], f"{item['seconds']:.1f} s"])
         return text
 
     @property
     def environment(self) -> str:
-        return "\n".join(f"{name} {value}" for one in self.categories for name, value in one["environment"].items())
+        here = "\n".join(f"{name} {value}" for one in self.categories for name, value in one["environment"].items())
+        return f"{here}\n{self.cluster.environment}" if self.cluster else here
 
 
 def load(folder: Path) -> Record:
     """The record in a results folder."""
     categories = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[01][0-9]_*.json"))]
     file = folder / "comparison.json"
-    return Record(categories, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+    cluster = load(folder / "cluster") if (folder / "cluster").exists() else None
+    return Record(categories, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}, cluster)
 
 
 def stars_of(item: Mapping[str, Any]) -> str:
@@ -127,6 +134,9 @@ def wrong_items(report: str, record: Record) -> Iterable[str]:
         item = record.items[id]
         if heading["stars"] != stars_of(item):
             yield f"{id}: {heading['stars']} but recorded {stars_of(item)}"
+        on_cluster = stars_of(record.cluster.items[id]) if record.cluster else None
+        if heading["cluster"] != on_cluster:
+            yield f"{id}: {heading['cluster']} on the cluster but recorded {on_cluster}"
         if (heading["stage"] or "") != (item["stage"] or ""):
             yield f"{id}: stage {heading['stage']} but recorded {item['stage']}"
         if bool(heading["closed"]) != item["fail_closed"]:
@@ -137,6 +147,23 @@ def wrong_items(report: str, record: Record) -> Iterable[str]:
         for number in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", re.sub(r"`[^`]*`|[A-Z]{2}-\d\d", "", text)):
             if not occurs(number, record.words_of(id)):
                 yield f"{id}: {number} is not in its evidence"
+
+
+def wrong_overview(report: str, record: Record) -> Iterable[str]:
+    """Rows of the table of all items that differ from the items' own headings or lead nowhere."""
+    found = item_sections(report)
+    said = {row[0]: row[1:5] for row in rows(report, r"\[[A-Z]{2}-\d\d\]\(#[a-z]{2}-\d\d\)")}
+    if record.cluster is None and not said:
+        return
+    expected = {
+        f"[{id}](#{id.lower()})": [one["title"], one["stars"], one["cluster"] or "", one["stage"] or ""]
+        for id, (one, _) in found.items()
+    }
+    if list(said) != list(expected):
+        yield f"rows of the overview: {sorted(set(said) ^ set(expected)) or 'their order'}"
+    yield from (f"{name} in the overview: {said[name]}" for name in said if said[name] != expected.get(name))
+    lost = [id for id in found if f'<a id="{id.lower()}"></a>\n\n#### {id} ' not in report]
+    yield from (f"{id}: no anchor above its heading" for id in lost)
 
 
 def wrong_figures(report: str, record: Record, comparison: str) -> Iterable[str]:
