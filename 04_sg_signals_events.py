@@ -72,7 +72,9 @@ from itertools import count, pairwise
 from typing import Any, Protocol
 
 from temporalio import activity, workflow
+from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.enums.v1 import EventType
+from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
 from temporalio.client import (
     Client,
     Schedule,
@@ -1608,9 +1610,10 @@ async def forgotten_id(lab: Lab, server: Server) -> Evidence:
     order = Order(f"{lab.id}-retained", ["once"])
     handle = server.client.get_workflow_handle(order.number)
     told = [await started(lab, server, order) for _ in range(2)]
-    deleted = await lab.cli("workflow", "delete", "--workflow-id", order.number, server=server)
-    if deleted.code:
-        raise RuntimeError(f"temporal workflow delete: {deleted.err}")
+    first = DeleteWorkflowExecutionRequest(
+        namespace=server.client.namespace, workflow_execution=WorkflowExecution(workflow_id=order.number)
+    )
+    await server.client.workflow_service.delete_workflow_execution(first)
     await until(lambda: refusal(handle), "the run is deleted")
     told.append(await started(lab, server, order))
     return limit(

@@ -725,6 +725,7 @@ class ByCommand:
 
     def __init__(self, lab: Lab, server: Server) -> None:
         self._lab, self._server = lab, server
+        self._yes = ["--yes"]
 
     async def do(self, verb: str, id: str = "", *given: Any, run_id: str = "") -> Any:
         which = ["-w", id, *(["-r", run_id] if run_id else [])]
@@ -740,10 +741,13 @@ class ByCommand:
             "query": lambda: which + named,
             "update": lambda: ["execute", *which, *named],
             "reset": lambda: [*which, "-e", str(given[0]), "--reason", "a tour"],
-            "delete": lambda: which,
+            "delete": lambda: [*which, *self._yes],
         }  # fmt: skip
         arguments = rest[verb]() if verb in rest else which
         done = await self._lab.cli("workflow", verb, *arguments, "-o", "json", server=self._server)
+        if "cannot set 'yes'" in done.err:  # CLI 1.5 does not ask, and takes no answer in advance
+            self._yes = []
+            return await self.do(verb, id, *given, run_id=run_id)
         if done.code:
             raise Refused(f"exit {done.code}", " ".join(done.err.split()).removeprefix("Error: "))
         told = json.loads(done.out) if done.out.lstrip().startswith(("{", "[")) else {}

@@ -40,9 +40,9 @@ def not_run(verdicts: Verdicts, item: str) -> dict[str, str]:
 
 
 def held(verdicts: Verdicts, item: str) -> int:
-    """How many claims of an item were looked at; none may have failed."""
+    """How many claims of an item were looked at; none may have failed. A release stage is not the server's doing."""
     looked_at = [one for one in verdicts.items[item]["evidence"] if one["held"] is not None]
-    assert all(one["held"] for one in looked_at if one["kind"] != "limit"), verdicts.out
+    assert all(one["held"] for one in looked_at if one["kind"] not in ("limit", "native")), verdicts.out
     return len(looked_at)
 
 
@@ -117,11 +117,13 @@ def test_what_is_refused_is_not_run_and_the_rest_is_judged(
 ) -> None:
     server: Server = request.getfixturevalue(which)
     verdicts = evaluate(ROOT / script, tmp_path, item, env=given(server.address))
-    assert verdicts.items[item]["outcome"] == "judged", verdicts.out
+    # Where no main case of an item can be run, it is not run as a whole; never is it a question mark.
+    whole = (item, which) == ("WF-06", "switched_off")
+    assert verdicts.items[item]["outcome"] == ("not_run" if whole else "judged"), verdicts.out
     lost = [why for why in not_run(verdicts, item).values() if "the server" in why]
     named = [re.match("the server does not offer ([a-z ]+): ", why) for why in lost]
     assert {one and one[1] for one in named} == (off if which == "switched_off" else unwatched), lost
-    assert held(verdicts, item) >= 3
+    assert held(verdicts, item) >= 2
 
 
 def test_one_item_where_schedules_are_off(switched_off: Server, tmp_path: Path) -> None:
