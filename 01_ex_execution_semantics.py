@@ -26,6 +26,7 @@ from common import (
     works,
 )
 from lab import (
+    PATIENT,
     Books,
     Call,
     Child,
@@ -49,6 +50,7 @@ from lab import (
     run,
     sandbox,
     slow,
+    soon,
     status_of,
     until,
     withhold,
@@ -102,14 +104,6 @@ EX = Category(
     "Execution semantics",
     "What survives a crash, what runs twice, and what does a replay reproduce?",
 )
-
-# Where nothing is to be given up, a slow machine gets all the time it needs.
-PATIENT = timedelta(seconds=30)
-
-
-def soon() -> timedelta:
-    """An attempt that a kill has cut off is given up after this long, here short, so that kills cost little time."""
-    return timedelta(seconds=2 * slowness())
 
 
 def bound() -> float:
@@ -279,7 +273,7 @@ async def kill_inside_step(lab: Lab) -> Evidence:
         SendParcel.run, Parcel(name), name=name, **COLLECTED,
         parts=PARCELS | {
             "faults": [die_before("hand_over")],
-            "shortened": {"hand_over": {"start_to_close_timeout": soon()}},
+            "shortened": {"hand_over": {"start_to_close_timeout": soon(2)}},
         },
         point=lambda: "hand_over" in names(lab.calls(f"{lab.id}-{name}")),
     )  # fmt: skip
@@ -290,7 +284,7 @@ async def kill_inside_step(lab: Lab) -> Evidence:
         calls_of_hand_over=at_least(calls.pop("hand_over"), 2),
         calls_of_the_others=equal(calls, Counter(["pick", "pack", "label", "notify"])),
         result=equal(taken.ending.result, done(name)),
-        given_up_after=figure(soon().total_seconds(), "s"),
+        given_up_after=figure(soon(2).total_seconds(), "s"),
     )
 
 
@@ -439,7 +433,7 @@ class Load:
         return [*(step for part in parts for step in part), *draw(self.lab.random, every, 2)]
 
     async def start(self) -> None:
-        options: dict[str, Any] = {"server": self.server, "task_timeout": soon()}
+        options: dict[str, Any] = {"server": self.server, "task_timeout": soon(2)}
         for number in range(PARCELS_IN_CHAOS):
             parcel, name = Parcel(str(number)), f"chaos-{number}"
             self.parcels.append(await self.lab.start(SendParcel.run, parcel, name=name, **COLLECTED, **options))
@@ -451,7 +445,7 @@ class Load:
         return self.lab.worker_process(
             [SendParcel, Program], [*PARCEL_STEPS, square], server=self.server,
             faults=[slow(name, 0.05) for name in [*STEPS, "square"]],
-            shortened={name: {"start_to_close_timeout": soon()} for name in [*STEPS, "square"]}, **options,
+            shortened={name: {"start_to_close_timeout": soon(2)} for name in [*STEPS, "square"]}, **options,
         )  # fmt: skip
 
     def begun(self) -> int:
@@ -475,7 +469,7 @@ class Load:
         completions = {one.id: await completed(one) for one in [*self.parcels, *self.running]}
         calls = [call for call in self.lab.calls() if call.workflow in completions]
         again = {(one.workflow, one.id) for one in calls if one.at > self.recorded.get((one.workflow, one.id), one.at)}
-        settings = f"attempts and workflow tasks given up after {soon().total_seconds():g} s, sticky timeout 1 s"
+        settings = f"attempts and workflow tasks given up after {soon(2).total_seconds():g} s, sticky timeout 1 s"
         return [
             holds(
                 "random kills under load: every result is right and every history has each step completed once",
@@ -783,7 +777,7 @@ def keys(calls: Iterable[Call]) -> list[str]:
 async def cut_off(lab: Lab, name: str, step: str, kind: type[Branch] = Branch) -> tuple[TakeOver, Branch]:
     """A checkout whose worker dies when a step has had its effect, and before it can tell anybody."""
     bank, id = branch(lab, name, kind), f"{lab.id}-{name}"
-    given_up = {step: {"start_to_close_timeout": soon()}}
+    given_up = {step: {"start_to_close_timeout": soon(2)}}
     taken = await lab.take_over(
         Checkout.run, Sale(name, 42), name=name, parts=counter(bank, faults=[die(step)], shortened=given_up),
         point=lambda: step in names(lab.calls(id, "ended")),
@@ -860,7 +854,7 @@ async def subscribed(lab: Lab) -> list[Evidence]:
 async def local_charges(lab: Lab) -> Evidence:
     """Three local activities, whose worker dies in the third."""
     bank, number = branch(lab, "local"), f"{lab.id}-local"
-    options: dict[str, Any] = {"task_queue": number, "task_timeout": soon()}
+    options: dict[str, Any] = {"task_queue": number, "task_timeout": soon(2)}
     handle = await lab.start(ThreeCharges.run, number, lab.file("local"), True, name="local", **options)
     dying = counter(bank, faults=[die_before("charge", key=f"{number}/3")])
     async with lab.worker_process(**dying, task_queue=number) as worker:
@@ -874,7 +868,7 @@ async def local_charges(lab: Lab) -> Evidence:
         calls_before=at_least(before, 3),
         finished_and_run_again=at_least(len(finished), 1),
         status=equal(how.status, "COMPLETED"),
-        workflow_task_timeout=figure(soon().total_seconds(), "s"),
+        workflow_task_timeout=figure(soon(2).total_seconds(), "s"),
     )
 
 
@@ -911,7 +905,7 @@ async def deploy(lab: Lab, name: str, case: Deployment) -> Evidence:
     leaving = lab.file(f"{name} told") if case.handler else ""
     parts = counter(bank, task_queue=id, faults=[hold("send_text", gate)])
     parts |= {"graceful_shutdown_timeout": PATIENT * slowness()} if case.grace else {}
-    parts |= {} if case.handler else {"shortened": {"send_text": {"start_to_close_timeout": soon()}}}
+    parts |= {} if case.handler else {"shortened": {"send_text": {"start_to_close_timeout": soon(2)}}}
     handle = await lab.start(Checkout.run, Sale(name, 1), name=name, task_queue=id)
     async with lab.worker_process(**parts, leaving=leaving) as old:
         await until(lambda: "send_text" in names(lab.calls(id)), "the text message is under way")
@@ -967,8 +961,8 @@ async def long_one(lab: Lab) -> Evidence:
 async def zombie(lab: Lab) -> Evidence:
     """A worker stands still, is given up, and wakes when another one has done its work."""
     bank, id, gate = branch(lab, "zombie"), f"{lab.id}-zombie", lab.gate("zombie")
-    parts = counter(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon()}})
-    handle = await lab.start(Subscription.run, "zombie", 3, name="zombie", task_queue=id, task_timeout=soon())
+    parts = counter(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon(2)}})
+    handle = await lab.start(Subscription.run, "zombie", 3, name="zombie", task_queue=id, task_timeout=soon(2))
     # One poll, because each open one of a worker that stands still takes an attempt that must be waited for.
     halted = parts | {"faults": [withhold("charge", gate, silent=True)], "max_concurrent_activity_task_polls": 1}
     async with lab.worker_process(**halted, leaving=lab.file("zombie told")) as old:

@@ -28,6 +28,7 @@ from common import (
     works,
 )
 from lab import (
+    PATIENT,
     Books,
     Call,
     Fault,
@@ -47,6 +48,7 @@ from lab import (
     open_gate,
     outline,
     run,
+    soon,
     status_of,
     until,
     withhold,
@@ -96,18 +98,10 @@ RT = Category(
     "What is tried again, when is it given up, and how is a stall noticed?",
 )
 
-# Where a timeout is not what is shown, a slow machine gets all the time it needs.
-PATIENT = timedelta(seconds=30)
-
 
 def pace() -> float:
     """The factor by which clocks are set slower on a slow machine; from 4 on a loss is put down to slowness anyway."""
     return min(slowness(), 4.0)
-
-
-def soon() -> timedelta:
-    """An attempt that a kill has cut off, or that is silent, is given up after this long."""
-    return timedelta(seconds=3 * pace())
 
 
 def attempts(calls: Sequence[Call]) -> list[int]:

@@ -31,6 +31,7 @@ from common import (
     works,
 )
 from lab import (
+    PATIENT,
     Call,
     Fault,
     Lab,
@@ -105,9 +106,6 @@ WF = Category(
     "Workflow primitives",
     "Are steps, children, parallel work, branches, loops, time and queues there, and do they hold?",
 )
-
-# Where nothing is to be given up, a slow machine gets all the time it needs.
-PATIENT = timedelta(minutes=5)
 
 
 async def moments(handle: WorkflowHandle[Any, Any], event_type: str) -> list[datetime]:

@@ -33,6 +33,7 @@ from common import (
 )
 from harness.faults import Outside
 from lab import (
+    PATIENT,
     Child,
     Ending,
     Lab,
@@ -50,6 +51,7 @@ from lab import (
     requires,
     run,
     sandbox,
+    soon,
     status_of,
     until,
     withhold,
@@ -125,8 +127,6 @@ VR = Category(
     at_once=2,  # each has a dozen workers
 )
 
-# Where nothing is to be given up, a slow machine gets all the time it needs.
-PATIENT = timedelta(minutes=2)
 # Seconds between two looks at the server where something is waited for: each costs it as much as a step does.
 LOOK = 0.2
 RUNNING = WorkflowExecutionStatus.RUNNING
@@ -1384,11 +1384,6 @@ DRAIN_SOON = {
 }
 # So many runs that neither half the share nor twice as much can be taken for it (see ramp()).
 SAMPLES, RAMP = 200, 50
-
-
-def soon() -> timedelta:
-    """A workflow task that is lost or has failed is tried again after this long (default 10 s), to save time."""
-    return timedelta(seconds=3 * slowness())
 
 
 @workflow.defn(name="PinnedOrder", versioning_behavior=VersioningBehavior.PINNED)

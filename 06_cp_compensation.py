@@ -25,7 +25,6 @@ from common import (
     not_run,
     piece,
     side_by_side,
-    slowness,
     works,
 )
 from lab import (
@@ -49,6 +48,7 @@ from lab import (
     outline,
     refuse,
     run,
+    soon,
     status_of,
     until,
     withhold,
@@ -101,11 +101,6 @@ CP = Category(
 )
 
 RUNNING = WorkflowExecutionStatus.RUNNING
-
-
-def soon() -> timedelta:
-    """An attempt that a kill has cut off, or that never answers, is given up after this long."""
-    return timedelta(seconds=3 * slowness())
 
 
 # What is held by a fault is not given up on a slow machine.

@@ -77,7 +77,7 @@ import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -98,6 +98,17 @@ __all__ = [
 ]  # fmt: skip
 
 # 1. The lab ------------------------------------------------------------------------------------------
+
+# Where nothing is to be given up, a slow machine gets all the time it needs.
+PATIENT = timedelta(minutes=5)
+
+
+def soon(seconds: float = 3) -> timedelta:
+    """After so many seconds an attempt or a task that a kill has cut off, or that is silent, is given up.
+
+    Short, so that a kill costs little time, and longer by as much as the machine is slow.
+    """
+    return timedelta(seconds=seconds * slowness())
 
 
 @dataclass(frozen=True)

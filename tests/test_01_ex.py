@@ -70,7 +70,7 @@ FALLS = [
     # An activity that does not die leaves nothing to prove.
     Fall("EX-02", "faults=[die(step)]", "faults=[]", None),
     # One attempt is all there may be, and the server makes another.
-    Fall("EX-02", '{step: {"start_to_close_timeout": soon()}}',
+    Fall("EX-02", '{step: {"start_to_close_timeout": soon(2)}}',
          '{step: {"start_to_close_timeout": soon(), "retry_policy": None}}', 3, ["at most once"]),
     # The key is the same in every month.
     Fall("EX-02", 'f"{number}/month {month}"', 'f"{number}/month"', 3, ["over continue-as-new a key"]),
