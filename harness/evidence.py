@@ -132,6 +132,7 @@ class Evidence:
     held: bool | None
     measured: str
     cap: int = 5
+    certain: bool = False  # a limit whose absence no slowness can feign
     stage: Stage | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
 
@@ -151,9 +152,15 @@ def control(claim: str, held: bool | None = None, measured: str = "", /, **facts
     return _seen("control", claim, held, measured, facts)
 
 
-def limit(claim: str, seen: bool | None = None, measured: str = "", /, cap: int = 4, **facts: Any) -> Evidence:
-    """Is this known limitation there? If seen, it caps the stars at 4, or at 3 where users must build it."""
-    return replace(_seen("limit", claim, seen, measured, facts), cap=cap)
+def limit(
+    claim: str, seen: bool | None = None, measured: str = "", /, cap: int = 4, certain: bool = False, **facts: Any
+) -> Evidence:
+    """Is this known limitation there? If seen, it caps the stars at 4, or at 3 where users must build it.
+
+    `certain`: whether it is there hangs on what was built, such as one server process or several, and on no time. Then
+    a starved machine casts no doubt on its absence.
+    """
+    return replace(_seen("limit", claim, seen, measured, facts), cap=cap, certain=certain)
 
 
 def _seen(kind: Kind, claim: str, held: bool | None, measured: str, given: Mapping[str, Any]) -> Evidence:
@@ -247,7 +254,8 @@ def _doubt(of: Mapping[str, Sequence[Evidence]], controls: Sequence[Evidence], s
     for kind, some in (("works", of["works"]), ("control", controls)):
         if not some:
             return f"there is no {kind} evidence"
-    failed = [one for kind in ("works", "holds", "limit") for one in of[kind] if one.held is False]
+    doubtful = (one for kind in ("works", "holds", "limit") for one in of[kind] if not one.certain)
+    failed = [one for one in doubtful if one.held is False]
     return f"{starved}, so this cannot be told from slowness: {failed[0].claim}" if starved and failed else None
 
 

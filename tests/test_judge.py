@@ -85,6 +85,13 @@ def test_a_failed_control_outweighs_everything_else() -> None:
         assert judge([*other, failed]).outcome == "inconclusive"
 
 
+def test_slowness_casts_doubt_on_a_limit_that_is_gone_unless_no_time_is_in_it() -> None:
+    gone = limit("gone", False, "0")
+    built = limit("gone", certain=True, processes=equal(4, 1))
+    assert judge([*FULL, gone], starved="the machine was slow").outcome == "inconclusive"
+    assert judge([*FULL, built], starved="the machine was slow").stars == 5
+
+
 def test_the_order_of_evidence_does_not_matter() -> None:
     evidence = [*FULL, limit("seen", True, "1"), holds("not", False, "0")]
     assert judge(evidence).stars == judge(evidence[::-1]).stars == 3
