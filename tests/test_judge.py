@@ -1,6 +1,6 @@
 """The checker is checked: judge() against hand-made evidence, good and bad."""
 
-from common import Evidence, control, holds, judge, limit, native, works
+from common import Evidence, control, equal, holds, judge, limit, native, works
 
 import inspect
 import subprocess
