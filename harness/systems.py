@@ -350,7 +350,7 @@ class Cassandra(Around):
 class Search(Around):
     """One node of Elasticsearch or of OpenSearch, for visibility."""
 
-    INDEX = "temporal_visibility"
+    INDEX = "temporal_visibility_v1"  # its template is for names that begin like this
 
     @property
     def store(self) -> Mapping[str, Any]:
