@@ -7,7 +7,7 @@
 What is not Python stands in systems/, a folder a system.
 """
 
-from common import HERE, NotRun, Unusable, slowness
+from common import HERE, NotRun, Unusable, redacted, slowness
 from harness.servers import Guard, make_folder
 from harness.services import (
     SERVER,
@@ -18,7 +18,6 @@ from harness.services import (
     Programs,
     alone,
     cache,
-    explain_build,
     find_programs,
     in_thread,
     is_whole,
@@ -119,6 +118,18 @@ def chosen(names: str) -> list[System]:
     return [SYSTEMS[name] for name in dict.fromkeys(asked)]
 
 
+def prepared(*names: str) -> tuple[list[str], list[str]]:
+    """Those of these systems that are prepared here, and for each of the others why it is not."""
+    there, missing = [], []
+    for name in names:
+        try:
+            SYSTEMS[name].check()
+            there.append(name)
+        except NotRun as error:
+            missing.append(str(error))
+    return there, missing
+
+
 def builds_for(systems: Sequence[System]) -> list[Build]:
     """What Go must build for these, beside the server."""
     return [tools_build()] if any(one.tool for one in systems) else []
@@ -202,8 +213,8 @@ async def _run_to_end(guard: Guard, program: str | Path, *arguments: str | Path,
             await process.wait()
         guard.forget(process.pid)
     if process.returncode:
-        text = said.decode(errors="replace")
-        raise Failed(f"{Path(program).name} failed: {explain_build(text, cache())}")
+        text = " ".join(said.decode(errors="replace").split())
+        raise Failed(f"{Path(program).name} failed: {redacted(text[-600:])}")
 
 
 # 2. Processes ----------------------------------------------------------------------------------------
