@@ -532,6 +532,179 @@ async def services_apart(lab: Lab) -> Evidence:
         )
 
 
+# What Temporal Cloud asks of a client, asked by a cluster of one's own: a key or a certificate, through TLS.
+
+FRONT = """
+daemon off; worker_processes 1; pid {folder}/front.pid; error_log {folder}/front-error.log;
+events {{}}
+http {{
+    access_log off; client_body_temp_path {folder}/front-1; proxy_temp_path {folder}/front-2;
+    fastcgi_temp_path {folder}/front-3; uwsgi_temp_path {folder}/front-4; scgi_temp_path {folder}/front-5;
+    ssl_certificate {folder}/front.pem; ssl_certificate_key {folder}/front.key;
+    client_max_body_size 0; keepalive_requests 100000; grpc_read_timeout 90s;
+    # Who has a key is known to the cluster, which gets the header as it is.
+    server {{
+        listen 127.0.0.1:{by_key} ssl http2;
+        location / {{ grpc_pass grpc://{frontend}; }}
+    }}
+    # Who has a certificate is known here; the cluster is told by a key of this front's own.
+    server {{
+        listen 127.0.0.1:{by_certificate} ssl http2;
+        ssl_verify_client on; ssl_client_certificate {folder}/trusted.pem;
+        location / {{ grpc_set_header authorization "Bearer {token}"; grpc_pass grpc://{frontend}; }}
+    }}
+}}
+"""
+
+
+class Front(Process):
+    """nginx, which ends TLS before a cluster that asks for tokens."""
+
+    NAME = "cloud.example"
+
+    def __init__(self, cluster: Cluster, program: str) -> None:
+        super().__init__("front", cluster.place)
+        import trustme
+
+        self._cluster, self._program = cluster, program
+        self._draw()
+        authority, self.folder = trustme.CA(), cluster.place.folder
+        issued = authority.issue_cert(self.NAME)
+        issued.private_key_pem.write_to_path(str(self.folder / "front.key"))
+        issued.cert_chain_pems[0].write_to_path(str(self.folder / "front.pem"))
+        authority.cert_pem.write_to_path(str(self.folder / "front-ca.pem"))
+        # The address is not the name in the certificate, so that a client must be told the name.
+        self.settings = {
+            "TEMPORAL_TLS_SERVER_CA_CERT_PATH": str(self.folder / "front-ca.pem"),
+            "TEMPORAL_TLS_SERVER_NAME": self.NAME,
+        }
+
+    def trust(self, *authorities: Any) -> None:
+        """Let in the clients whose certificates these have issued, and no others."""
+        every = b"".join(one.cert_pem.bytes() for one in authorities)
+        (self.folder / "trusted.pem").write_bytes(every)
+        if self.alive:
+            os.kill(self.pid, signal.SIGHUP)  # it reads its files again, and new connections are judged by them
+
+    def identity(self, authority: Any, name: str, **validity: datetime) -> dict[str, str]:
+        """Settings with a new certificate of a client."""
+        issued, path = authority.issue_cert("greeter@example.com", **validity), self.folder / name
+        issued.private_key_pem.write_to_path(f"{path}.key")
+        issued.cert_chain_pems[0].write_to_path(f"{path}.pem")
+        files = {"TEMPORAL_TLS_CLIENT_CERT_PATH": f"{path}.pem", "TEMPORAL_TLS_CLIENT_KEY_PATH": f"{path}.key"}
+        return self.settings | files | {"TEMPORAL_ADDRESS": f"127.0.0.1:{self.by_certificate}"}
+
+    def key(self, token: str) -> dict[str, str]:
+        """Settings with an API key."""
+        return self.settings | {"TEMPORAL_API_KEY": token, "TEMPORAL_ADDRESS": f"127.0.0.1:{self.by_key}"}
+
+    def _command(self) -> Sequence[str | Path]:
+        assert self._cluster.access
+        config = self.folder / "front.conf"
+        config.touch(0o600)
+        token = self._cluster.access.token("default:write", subject="greeter@example.com")
+        ports = {"by_key": self.by_key, "by_certificate": self.by_certificate}
+        text = FRONT.format(folder=self.folder, frontend=self._cluster.address, token=token, **ports)
+        config.write_text(text, encoding="utf-8")
+        return [self._program, "-e", self.folder / "front-error.log", "-p", self.folder, "-c", config]
+
+    async def _usable(self) -> bool:
+        return self._listens(self.by_key) and self._listens(self.by_certificate)
+
+    def _draw(self) -> None:
+        self.by_key, self.by_certificate = self.place.port(), self.place.port()
+
+
+BY_KEY = "through TLS to another name, an API key is a setting; wrong, expired, missing and replaced keys are refused"
+BY_CERTIFICATE = (
+    "through mTLS, a certificate is a setting, and can be rotated; an unknown and an expired one are refused"
+)
+
+
+@piece(holds(BY_KEY), holds(BY_CERTIFICATE))
+async def as_in_the_cloud(lab: Lab) -> list[Evidence]:
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        raise NotRun("a front that ends TLS is needed (nginx), and none is installed here")
+    async with Cluster(access=True) as cluster:
+        front = Front(cluster, program)
+        try:
+            return [await keys_at(lab, cluster, front), await certificates_at(lab, front)]
+        finally:
+            front.kill()
+
+
+async def keys_at(lab: Lab, cluster: Cluster, front: Front) -> Evidence:
+    import trustme
+
+    access = cluster.access
+    assert access
+    front.trust(trustme.CA())
+    await front.start()
+    token = functools.partial(access.token, "default:write", subject="greeter@example.com")
+    first = front.key(token())
+    said = await greet(lab, first)
+    wrong = {
+        "of another key": front.key(token(key=access.new_key())),
+        "expired": front.key(token(seconds=-60)),
+        "for reading": front.key(access.token("default:read")),
+        "without": {key: value for key, value in first.items() if key != "TEMPORAL_API_KEY"},
+        "another server name": first | {"TEMPORAL_TLS_SERVER_NAME": "other.example"},
+    }
+    refused = {what.replace(" ", "_"): refused_fact(await turned_away(lab, one)) for what, one in wrong.items()}
+    cluster.rotate_key()
+
+    async def replaced() -> bool:
+        return await turned_away(lab, first) != "let in"
+
+    took = await until(replaced, "the replaced key is refused")
+    return holds(
+        BY_KEY,
+        result=equal(said, GREETED),
+        **refused,
+        replaced_key_refused_after=figure(took, "s"),
+        result_by_the_new_key=equal(await greet(lab, front.key(token())), GREETED),
+    )
+
+
+async def certificates_at(lab: Lab, front: Front) -> Evidence:
+    import trustme
+
+    old, new = trustme.CA(), trustme.CA()
+    first, second = front.identity(old, "first"), front.identity(new, "second")
+    past = datetime.now(UTC) - timedelta(days=1)
+    expired = front.identity(old, "expired", not_before=past - timedelta(days=9), not_after=past)
+
+    async def both() -> dict[str, str]:
+        return {name: await turned_away(lab, one) for name, one in (("old", first), ("new", second))}
+
+    async def judged(*trusted: Any, **expected: bool) -> Fact:
+        """Who is let in with these authorities: it takes a moment until they are known."""
+        front.trust(*trusted)
+        seen = {}
+
+        async def as_expected() -> bool:
+            nonlocal seen
+            seen = {name: said == "let in" for name, said in (await both()).items()}
+            return seen == expected
+
+        with contextlib.suppress(TimeoutError):
+            await until(as_expected, "the front knows its authorities", 20, every=0.2)
+        return equal(seen, expected)
+
+    before = await judged(old, old=True, new=False)
+    too_late = refused_fact(await turned_away(lab, expired))
+    none = {key: value for key, value in first.items() if "CLIENT" not in key}
+    return holds(
+        BY_CERTIFICATE,
+        let_in_before=before,
+        expired=too_late,
+        without=refused_fact(await turned_away(lab, none)),
+        let_in_meanwhile=await judged(old, new, old=True, new=True),
+        let_in_afterwards=await judged(new, old=False, new=True),
+    )
+
+
 async def requests_to(url: str) -> float:
     """How many requests a service of the cluster has had, as it tells Prometheus."""
 
@@ -554,7 +727,7 @@ async def help_of(*command: str) -> str:
 @OP.item("OP-01", "Deployment model", seconds=240)
 async def deployment_model(lab: Lab) -> AsyncIterator[Evidence]:
     """Start a server, run a copied lesson against it, reach one through TLS, mTLS and a key; start a cluster."""
-    async for evidence in side_by_side(one_command(lab), secured(lab), services_apart(lab)):
+    async for evidence in side_by_side(one_command(lab), secured(lab), services_apart(lab), as_in_the_cloud(lab)):
         yield evidence
     yield native(
         "address, TLS, certificates, key and profile are arguments and settings of the SDK",
