@@ -83,7 +83,11 @@ class System:
         if importlib.util.find_spec("platformdirs") is None:
             raise NotRun(f"{self.title} needs the dependency group cluster: uv sync --group cluster")
         whole = self.programs or (is_whole(self.folder) and is_whole(java_folder()))
-        if not whole or (self.tool and not tool(self.tool).is_file()):
+        try:
+            whole = whole and (not self.tool or tool(self.tool).is_file())
+        except Unusable as error:  # a folder of the official programs that lacks this one
+            raise NotRun(str(error).rstrip(".")) from None
+        if not whole:
             raise NotRun(f"{self.title} is not prepared: `uv run cluster.py prepare --with {self.name}`, in minutes")
 
 
@@ -148,6 +152,10 @@ async def prepare_systems(systems: Sequence[System], show: Callable[[str], None]
         if not system.programs:
             await _make(java_folder(), _fetch_java, show)
             await _make(system.folder, system.process.fetch, show, system)
+        try:
+            system.check()
+        except NotRun as error:
+            raise Unusable(f"{error}.") from None
         size = _size(system.folder) if not system.programs else "the machine's own"
         took = f"{time.monotonic() - begun:.0f} s"
         name = f"{system.title} {system.version}".strip()
