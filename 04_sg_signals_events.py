@@ -28,6 +28,7 @@ from common import (
     slowness,
     works,
 )
+from harness.systems import running
 from lab import (
     Books,
     Lab,
@@ -1395,8 +1396,8 @@ async def waiting(lab: Lab) -> AsyncIterator[Evidence]:
 
 # SG-03 Event triggers --------------------------------------------------------------------------------
 # Whatever can make a call can start a workflow: a client, an HTTP POST, a clock, a signal, an update, the consumer of a
-# message broker. The workflow's id is made of the event: then one that comes twice makes one run, for as long as the
-# namespace retains the first one's.
+# message broker. The workflow's id is made of the event (in Kafka: topic, partition, offset): then one that comes twice
+# makes one run, for as long as the namespace retains the first one's.
 
 
 @dataclass
@@ -1960,11 +1961,246 @@ def short(numbers: Sequence[str]) -> list[int]:
     return [int(number.rpartition("-")[2]) for number in numbers]
 
 
-@SG.item("SG-03", "Event triggers")
+# Kafka keeps its records, and each has a place that no other one has: topic, partition and offset. The group remembers
+# how far it has come, and its next consumer begins there.
+
+
+@dataclass
+class KafkaTopic:
+    """The records of a Kafka topic, each an order whose number is its place. A record that cannot be read is set aside.
+
+    Before the third delivery is committed the consumer is killed, and before the eighth it waits for the gate, where
+    there is one: the order of the partitions is not known. `places` false: the numbers are random. `sets_aside` false:
+    it ends at what it cannot read.
+    """
+
+    address: str
+    name: str
+    deliveries: str
+    gate: str = ""
+    places: bool = True
+    sets_aside: bool = True
+
+    def __post_init__(self) -> None:
+        self.consumer: Any = None
+        self.record: Any = None
+
+    async def take(self) -> Order | None:
+        self.consumer = self.consumer or await self._join()
+        while not await self._at_end():
+            self.record = await self.consumer.getone()
+            try:
+                item = json.loads(self.record.value)["item"]
+            except ValueError:
+                if not self.sets_aside:
+                    raise
+                await send_records(self.address, f"{self.name}-aside", {0: [self.record.value]})
+                await self._commit()
+                continue
+            note(self.deliveries, item)
+            place = f"{self.record.partition}-{self.record.offset}" if self.places else uuid.uuid4()
+            return Order(f"{self.name}-{place}", [item])
+        await self.consumer.stop()
+        return None
+
+    async def acknowledge(self, order: Order) -> None:
+        deliveries = len(notes(self.deliveries)) if self.gate else 0
+        if deliveries == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if deliveries == 8:
+            await until(lambda: os.path.exists(self.gate), "the broker was killed", 120)
+        await self._commit()
+
+    async def _join(self) -> Any:
+        from aiokafka import AIOKafkaConsumer
+
+        # A consumer that was killed is missed after this long: until then its partitions are nobody's.
+        session = int(3000 * min(slowness(), 4))
+        consumer = AIOKafkaConsumer(
+            self.name, bootstrap_servers=self.address, group_id=self.name, enable_auto_commit=False,
+            auto_offset_reset="earliest", session_timeout_ms=session, heartbeat_interval_ms=session // 6,
+            fetch_max_wait_ms=100,
+        )  # fmt: skip
+        await consumer.start()
+        return consumer
+
+    async def _at_end(self) -> bool:
+        parts = self.consumer.assignment()
+        ends = await self.consumer.end_offsets(parts)
+        return bool(parts) and [await self.consumer.position(part) for part in parts] == [ends[part] for part in parts]
+
+    async def _commit(self) -> None:
+        from aiokafka import TopicPartition
+        from aiokafka.errors import CommitFailedError
+
+        # The group has begun anew meanwhile, as after the death of the broker: the record comes again.
+        with contextlib.suppress(CommitFailedError):
+            part = TopicPartition(self.record.topic, self.record.partition)
+            await self.consumer.commit({part: self.record.offset + 1})
+
+
+async def make_topics(address: str, partitions: Mapping[str, int]) -> None:
+    """Make topics, and see to it that groups can read: a new broker makes what they need at the first call for it."""
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+    from aiokafka.errors import KafkaError
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=address)
+
+    async def coordinated() -> bool:
+        try:
+            await admin.list_consumer_group_offsets("nobody")
+        except KafkaError:
+            return False
+        return True
+
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(name, many, 1) for name, many in partitions.items()])
+        await until(coordinated, "the broker keeps the offsets of groups")
+    finally:
+        await admin.close()
+
+
+async def send_records(address: str, topic: str, values: Mapping[int, Sequence[bytes]]) -> None:
+    """Values by partition; all are written when this returns."""
+    from aiokafka import AIOKafkaProducer
+
+    async with AIOKafkaProducer(bootstrap_servers=address, acks="all") as producer:
+        for partition, some in values.items():
+            for value in some:
+                await producer.send_and_wait(topic, value, partition=partition)
+
+
+async def records_of(address: str, topic: str) -> list[bytes]:
+    """The values in a topic of one partition."""
+    from aiokafka import AIOKafkaConsumer, TopicPartition
+
+    async with AIOKafkaConsumer(bootstrap_servers=address) as consumer:
+        part = TopicPartition(topic, 0)
+        consumer.assign([part])
+        await consumer.seek_to_beginning(part)
+        end = (await consumer.end_offsets([part]))[part]
+        return [(await consumer.getone()).value for _ in range(end)]
+
+
+async def record_consumer(target: Target, topic: KafkaTopic, task_queue: str) -> None:
+    """The consumer's process."""
+    await consume(await connect(target), topic, task_queue)
+
+
+RECORDS = [f"{part}{number}" for part in "ab" for number in range(6)]  # of two partitions
+POISON = b"no order"
+
+
+def values_of(part: str) -> list[bytes]:
+    return [json.dumps({"item": item}).encode() for item in RECORDS if item.startswith(part)]
+
+
+@dataclass
+class Drama:
+    """What came of two topics of the same records, read by the same consumers: by their places, and by random numbers.
+
+    Their first consumers are SIGKILLed, each between a start and the commit; then the broker, under the second ones.
+    """
+
+    first: list[int]  # exit statuses
+    second: list[int]
+    back: float  # seconds from the broker's SIGKILL until it can be used
+    topics: list[KafkaTopic]
+    aside: list[bytes]
+
+
+async def drama(lab: Lab, broker: Any) -> Drama:
+    gate = lab.gate("kafka")
+    topics = [
+        KafkaTopic(broker.address, name, lab.file(name), gate, places=name.endswith("places"))
+        for name in (f"{lab.id}-places", f"{lab.id}-random")
+    ]
+    await make_topics(broker.address, {one.name: 2 for one in topics} | {f"{one.name}-aside": 1 for one in topics})
+    for one in topics:
+        a, b = values_of("a"), values_of("b")
+        await send_records(broker.address, one.name, {0: [*a[:4], POISON, *a[4:]], 1: b})
+    process = partial(lab.process, record_consumer, lab.target)
+    async with contextlib.AsyncExitStack() as stack:
+        begun = [await stack.enter_async_context(process(one, lab.task_queue)) for one in topics]
+        first = [await one.wait(120 * slowness()) for one in begun]
+        begun = [await stack.enter_async_context(process(one, lab.task_queue)) for one in topics]
+        await until(lambda: all(len(notes(one.deliveries)) == 8 for one in topics), "eight deliveries", 120)
+        broker.kill()
+        open_gate(gate)
+        back = await broker.start(120 * slowness())
+        second = [await one.wait(120 * slowness()) for one in begun]
+    return Drama(first, second, back, topics, await records_of(broker.address, f"{topics[0].name}-aside"))
+
+
+async def stuck(lab: Lab, broker: Any) -> tuple[list[int], list[str]]:
+    """A consumer that ends at what it cannot read, twice. Returns (its exit statuses, what was delivered)."""
+    topic = KafkaTopic(broker.address, f"{lab.id}-stuck", lab.file("stuck"), sets_aside=False)
+    await make_topics(broker.address, {topic.name: 1})
+    await send_records(broker.address, topic.name, {0: [POISON, *values_of("a")]})
+    ends = []
+    for _ in range(2):
+        async with lab.process(record_consumer, lab.target, topic, lab.task_queue) as one:
+            ends.append(await one.wait(60 * slowness()))
+    return ends, notes(topic.deliveries)
+
+
+OF_KAFKA = (
+    "records of a Kafka topic start workflows: topic, partition and offset are the id, so that every record has its "
+    "effect once, though consumer and broker are killed"
+)
+SET_ASIDE = "a record that nobody can read is set aside, and those behind it in its partition are not held up"
+WITHOUT_PLACES = "the same records under random ids: what is delivered again has its effect again"
+HELD_UP = "a consumer that ends at such a record meets it again at its next start, and those behind it wait"
+
+
+@piece(holds(OF_KAFKA), holds(SET_ASIDE), control(WITHOUT_PLACES), control(HELD_UP))
+async def by_kafka(lab: Lab) -> tuple[Evidence, ...]:
+    async with running("kafka") as broker:
+        seen = await drama(lab, broker)
+        ends, behind = await stuck(lab, broker)
+        version = await broker.version()
+    places, random = seen.topics
+    # What was started has shipped before it is over: afterwards the ledger is complete.
+    ids = [
+        f"{places.name}-{place}" for place in [*(f"0-{n}" for n in (0, 1, 2, 3, 5, 6)), *(f"1-{n}" for n in range(6))]
+    ]
+    await asyncio.gather(*(ended(lab.client.get_workflow_handle(id)) for id in ids))
+    delivered = notes(random.deliveries)
+    await until(lambda: len(shipped(lab, random.name)) >= len(delivered), "every run under a random id has shipped")
+    once, again = (sorted(items_of(shipped(lab, one.name))) for one in (places, random))
+    return (
+        holds(
+            OF_KAFKA,
+            broker=version,
+            consumers_killed_before_they_committed=equal(seen.first, [-signal.SIGKILL] * 2),
+            consumers_under_which_the_broker_was_killed=equal(seen.second, [0, 0]),
+            delivered_again_and_refused=at_least(len(notes(places.deliveries)) - len(RECORDS), 1),
+            effects=equal(once, RECORDS),
+            broker_back_after=figure(seen.back, "s"),
+        ),
+        holds(
+            SET_ASIDE,
+            set_aside=equal(
+                {value.decode(errors="replace") for value in seen.aside}, {POISON.decode(errors="replace")}
+            ),
+            effects_of_those_behind_it=equal([item for item in once if item in ("a4", "a5")], ["a4", "a5"]),
+        ),
+        control(
+            WITHOUT_PLACES,
+            delivered_again=at_least(len(delivered) - len(RECORDS), 1),
+            effects_of_the_one_whose_consumer_died=at_least(again.count(delivered[2]), 2),
+            effects=at_least(len(again), len(RECORDS) + 1),
+        ),
+        control(HELD_UP, exit_statuses=equal(ends, [1, 1]), delivered_of_those_behind_it=equal(behind, [])),
+    )
+
+
+@SG.item("SG-03", "Event triggers", seconds=180)
 async def event_triggers(lab: Lab) -> AsyncIterator[Evidence]:
     """Workflows are started in seven ways; the ledger has which run shipped what."""
     by_id = (signal_nobody, concurrent_signal_with_start, refused_update_with_start)
-    starters = (by_calls, by_clock, by_message, by_broker)
+    starters = (by_calls, by_clock, by_message, by_broker, by_kafka)
     async with lab.worker([Fulfilment], [SHIPPING.ship]):
         async for evidence in side_by_side(*(part(lab) for part in (*by_id, *starters))):
             yield evidence

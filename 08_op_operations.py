@@ -30,6 +30,7 @@ from common import (
     lacks,
     limit,
     native,
+    not_run,
     one_of,
     piece,
     side_by_side,
@@ -37,7 +38,8 @@ from common import (
     words,
     works,
 )
-from harness.services import KINDS
+from harness.services import KINDS, Failed, Process
+from harness.systems import prepared, running
 from lab import (
     Books,
     Call,
@@ -99,6 +101,7 @@ from temporalio.api.enums.v1 import ArchivalState, BatchOperationState, IndexedV
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import (
+    CountWorkflowExecutionsRequest,
     DeleteWorkflowExecutionRequest,
     DescribeBatchOperationRequest,
     DescribeNamespaceRequest,
@@ -529,6 +532,190 @@ async def services_apart(lab: Lab) -> Evidence:
         )
 
 
+# What Temporal Cloud asks of a client, asked by a cluster of one's own: a key or a certificate, through TLS.
+
+FRONT = """
+daemon off; worker_processes 1; pid {folder}/front.pid; error_log {folder}/front-error.log;
+events {{}}
+http {{
+    access_log off; client_body_temp_path {folder}/front-1; proxy_temp_path {folder}/front-2;
+    fastcgi_temp_path {folder}/front-3; uwsgi_temp_path {folder}/front-4; scgi_temp_path {folder}/front-5;
+    ssl_certificate {folder}/front.pem; ssl_certificate_key {folder}/front.key;
+    client_max_body_size 0; keepalive_requests 100000; grpc_read_timeout 90s;
+    # Who has a key is known to the cluster, which gets the header as it is.
+    server {{
+        listen 127.0.0.1:{by_key} ssl http2;
+        location / {{ grpc_pass grpc://{frontend}; }}
+    }}
+    # Who has a certificate is known here; the cluster is told by a key of this front's own.
+    server {{
+        listen 127.0.0.1:{by_certificate} ssl http2;
+        ssl_verify_client on; ssl_client_certificate {folder}/trusted.pem;
+        location / {{ grpc_set_header authorization "Bearer {token}"; grpc_pass grpc://{frontend}; }}
+    }}
+}}
+"""
+
+
+class Front(Process):
+    """nginx, which ends TLS before a cluster that asks for tokens."""
+
+    NAME = "cloud.example"
+
+    def __init__(self, cluster: Cluster, program: str) -> None:
+        super().__init__("front", cluster.place)
+        import trustme
+
+        self._cluster, self._program = cluster, program
+        self._draw()
+        authority, self.folder = trustme.CA(), cluster.place.folder
+        issued = authority.issue_cert(self.NAME)
+        issued.private_key_pem.write_to_path(str(self.folder / "front.key"))
+        issued.cert_chain_pems[0].write_to_path(str(self.folder / "front.pem"))
+        authority.cert_pem.write_to_path(str(self.folder / "front-ca.pem"))
+        # The address is not the name in the certificate, so that a client must be told the name.
+        self.settings = {
+            "TEMPORAL_TLS_SERVER_CA_CERT_PATH": str(self.folder / "front-ca.pem"),
+            "TEMPORAL_TLS_SERVER_NAME": self.NAME,
+        }
+
+    def trust(self, *authorities: Any) -> None:
+        """Let in the clients whose certificates these have issued, and no others."""
+        every = b"".join(one.cert_pem.bytes() for one in authorities)
+        (self.folder / "trusted.pem").write_bytes(every)
+        if self.alive:
+            os.kill(self.pid, signal.SIGHUP)  # it reads its files again, and new connections are judged by them
+
+    def identity(self, authority: Any, name: str, **validity: datetime) -> dict[str, str]:
+        """Settings with a new certificate of a client."""
+        issued, path = authority.issue_cert("greeter@example.com", **validity), self.folder / name
+        issued.private_key_pem.write_to_path(f"{path}.key")
+        issued.cert_chain_pems[0].write_to_path(f"{path}.pem")
+        files = {"TEMPORAL_TLS_CLIENT_CERT_PATH": f"{path}.pem", "TEMPORAL_TLS_CLIENT_KEY_PATH": f"{path}.key"}
+        return self.settings | files | {"TEMPORAL_ADDRESS": f"127.0.0.1:{self.by_certificate}"}
+
+    def key(self, token: str) -> dict[str, str]:
+        """Settings with an API key."""
+        return self.settings | {"TEMPORAL_API_KEY": token, "TEMPORAL_ADDRESS": f"127.0.0.1:{self.by_key}"}
+
+    def _command(self) -> Sequence[str | Path]:
+        assert self._cluster.access
+        config = self.folder / "front.conf"
+        config.touch(0o600)
+        token = self._cluster.access.token("default:write", subject="greeter@example.com")
+        ports = {"by_key": self.by_key, "by_certificate": self.by_certificate}
+        text = FRONT.format(folder=self.folder, frontend=self._cluster.address, token=token, **ports)
+        config.write_text(text, encoding="utf-8")
+        return [self._program, "-e", self.folder / "front-error.log", "-p", self.folder, "-c", config]
+
+    async def _usable(self) -> bool:
+        return self._listens(self.by_key) and self._listens(self.by_certificate)
+
+    def _draw(self) -> None:
+        self.by_key, self.by_certificate = self.place.port(), self.place.port()
+
+
+BY_KEY = "through TLS to another name, an API key is a setting; wrong, expired, missing and replaced keys are refused"
+BY_CERTIFICATE = (
+    "through mTLS, a certificate is a setting, and can be rotated; an unknown and an expired one are refused"
+)
+
+
+@piece(holds(BY_KEY), holds(BY_CERTIFICATE))
+async def as_in_the_cloud(lab: Lab) -> list[Evidence]:
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        raise NotRun("a front that ends TLS is needed (nginx), and none is installed here")
+    async with Cluster(access=True) as cluster:
+        front = Front(cluster, program)
+        try:
+            return [await keys_at(lab, cluster, front), await certificates_at(lab, front)]
+        finally:
+            front.kill()
+
+
+async def at_the_door(settings: Mapping[str, str]) -> str:
+    """What comes of a client with these settings that asks to start a workflow: "let in", or in which words not."""
+    options = ClientConfig.load_client_connect_config(disable_file=True, override_env_vars=settings)
+    try:
+        client = await Client.connect(**options)
+    except RuntimeError as error:
+        return str(error)
+    answer = await ask_to_start(client)
+    return "let in" if answer == "OK" else answer
+
+
+async def keys_at(lab: Lab, cluster: Cluster, front: Front) -> Evidence:
+    import trustme
+
+    access = cluster.access
+    assert access
+    front.trust(trustme.CA())
+    await front.start()
+    token = functools.partial(access.token, "default:write", subject="greeter@example.com")
+    first = front.key(token())
+    said = await greet(lab, first)
+    wrong = {
+        "of another key": front.key(token(key=access.new_key())),
+        "expired": front.key(token(seconds=-60)),
+        "for reading": front.key(access.token("default:read")),
+        "without": {key: value for key, value in first.items() if key != "TEMPORAL_API_KEY"},
+        "another server name": first | {"TEMPORAL_TLS_SERVER_NAME": "other.example"},
+    }
+    refused = {what.replace(" ", "_"): refused_fact(await at_the_door(one)) for what, one in wrong.items()}
+    cluster.rotate_key()
+
+    async def replaced() -> bool:
+        return await at_the_door(first) != "let in"
+
+    took = await until(replaced, "the replaced key is refused")
+    return holds(
+        BY_KEY,
+        result=equal(said, GREETED),
+        **refused,
+        replaced_key_refused_after=figure(took, "s"),
+        result_by_the_new_key=equal(await greet(lab, front.key(token())), GREETED),
+    )
+
+
+async def certificates_at(lab: Lab, front: Front) -> Evidence:
+    import trustme
+
+    old, new = trustme.CA(), trustme.CA()
+    first, second = front.identity(old, "first"), front.identity(new, "second")
+    past = datetime.now(UTC) - timedelta(days=1)
+    expired = front.identity(old, "expired", not_before=past - timedelta(days=9), not_after=past)
+
+    async def both() -> dict[str, str]:
+        return {name: await at_the_door(one) for name, one in (("old", first), ("new", second))}
+
+    async def judged(*trusted: Any, **expected: bool) -> Fact:
+        """Who is let in with these authorities: it takes a moment until they are known."""
+        front.trust(*trusted)
+        seen = {}
+
+        async def as_expected() -> bool:
+            nonlocal seen
+            seen = {name: said == "let in" for name, said in (await both()).items()}
+            return seen == expected
+
+        with contextlib.suppress(TimeoutError):
+            await until(as_expected, "the front knows its authorities", 20, every=0.2)
+        return equal(seen, expected)
+
+    before = await judged(old, old=True, new=False)
+    too_late = refused_fact(await at_the_door(expired))
+    none = {key: value for key, value in first.items() if "CLIENT" not in key}
+    return holds(
+        BY_CERTIFICATE,
+        let_in_before=before,
+        expired=too_late,
+        without=refused_fact(await at_the_door(none)),
+        let_in_meanwhile=await judged(old, new, old=True, new=True),
+        let_in_afterwards=await judged(new, old=False, new=True),
+    )
+
+
 async def requests_to(url: str) -> float:
     """How many requests a service of the cluster has had, as it tells Prometheus."""
 
@@ -551,7 +738,7 @@ async def help_of(*command: str) -> str:
 @OP.item("OP-01", "Deployment model", seconds=240)
 async def deployment_model(lab: Lab) -> AsyncIterator[Evidence]:
     """Start a server, run a copied lesson against it, reach one through TLS, mTLS and a key; start a cluster."""
-    async for evidence in side_by_side(one_command(lab), secured(lab), services_apart(lab)):
+    async for evidence in side_by_side(one_command(lab), secured(lab), services_apart(lab), as_in_the_cloud(lab)):
         yield evidence
     yield native(
         "address, TLS, certificates, key and profile are arguments and settings of the SDK",
@@ -1226,32 +1413,42 @@ class Tagged:
         await workflow.wait_condition(lambda: False)
 
 
-async def visibility(lab: Lab, client: Client) -> list[Evidence]:
-    """Two runs with all kinds of attributes, and what queries find."""
-    handles = {}
+async def two_tagged(lab: Lab, client: Client) -> list[WorkflowHandle[Any, Any]]:
+    """Two runs, a and b, with attributes of all kinds; returns when visibility has both whole."""
+    handles = []
     for number, name in enumerate("ab", 1):
         pairs = [SearchAttributePair(KEY_OF[some[0]](key), some[number]) for key, some in ATTRIBUTES.items()]
-        handles[name] = await client.start_workflow(
-            Tagged.run, "upserted" * (name == "b"), id=f"{lab.id}-tagged-{name}", task_queue=lab.task_queue,
-            search_attributes=TypedSearchAttributes(pairs),
+        handles.append(
+            await client.start_workflow(
+                Tagged.run, "upserted" * (name == "b"), id=f"{lab.id}-tagged-{name}", task_queue=lab.task_queue,
+                search_attributes=TypedSearchAttributes(pairs),
+            )
         )  # fmt: skip
 
-    async def find(query: str) -> str:
-        every = client.list_workflows(f'WorkflowType = "Tagged" AND ({query})')
-        return "".join(sorted([one.id[-1] async for one in every]))
-
     async def upserted() -> bool:
-        return await find('Later = "upserted" OR Number = 7') == "ab"
+        return await find(client, 'Later = "upserted" OR Number = 7') == "ab"
 
     await until(upserted, "visibility has both")
-    found = {query: await find(query) for query in QUERIES}
+    return handles
+
+
+async def find(client: Client, query: str) -> str:
+    """Which of the two a query finds."""
+    every = client.list_workflows(f'WorkflowType = "Tagged" AND ({query})')
+    return "".join(sorted([one.id[-1] async for one in every]))
+
+
+async def visibility(lab: Lab, client: Client) -> list[Evidence]:
+    """Two runs with all kinds of attributes, and what queries find."""
+    handles = await two_tagged(lab, client)
+    found = {query: await find(client, query) for query in QUERIES}
     wrong = {query: one for query, one in found.items() if one != QUERIES[query]}
     refused = {what: await told(client.count_workflows(query)) for what, query in MALFORMED.items()}
     sorts = await told(anext(client.list_workflows('WorkflowType = "Tagged" ORDER BY Number DESC')))
     groups = await told(client.count_workflows("GROUP BY Number"))
     by_status = await client.count_workflows('WorkflowType = "Tagged" GROUP BY ExecutionStatus')
     latencies = [await found_after(lab, client, number) for number in range(20)]
-    for handle in handles.values():
+    for handle in handles:
         await handle.terminate()
     return [
         holds(
@@ -1446,12 +1643,15 @@ async def in_memory(lab: Lab) -> Evidence:
     )
 
 
+IN_SQLITE = "the server keeps histories and visibility in SQLite, which is one file of one machine"
+
+
 async def where_it_is_stored(client: Client) -> Evidence:
     """A store that is not told of counts as SQLite."""
     info = await client.workflow_service.get_cluster_info(GetClusterInfoRequest())
     stores = [info.persistence_store, info.visibility_store]
     return limit(
-        "the server keeps histories and visibility in SQLite, which is one file of one machine",
+        IN_SQLITE,
         stores=Fact(stores, "sqlite", set(stores) <= {"sqlite", ""}),
     )
 
@@ -1682,15 +1882,220 @@ async def on_postgresql(lab: Lab) -> list[Evidence]:
         return found
 
 
-@OP.item("OP-03", "Storage backend", seconds=300)
+# One trial for every store that is prepared here. All that is different is how it is started.
+
+STORES = ("cassandra", "mariadb")
+EVERY_STORE = (
+    "every store that is prepared here, killed under load: each workflow whose start was acknowledged completes"
+)
+
+
+@piece(holds(EVERY_STORE))
+async def in_every_store(lab: Lab) -> Evidence:
+    there, missing = prepared(*STORES)
+    facts: Facts = {}
+    async with Cluster() as cluster:
+        facts |= await store_killed(lab, cluster, cluster.region.database, "PostgreSQL")
+    for name in there:
+        async with running(name) as store, Cluster(stores={"main": store.store}) as cluster:
+            facts |= await store_killed(lab, cluster, store, await store.version())
+    return holds(EVERY_STORE, **facts, not_looked_at=missing)
+
+
+async def store_killed(lab: Lab, cluster: Cluster, store: Process, title: str) -> Facts:
+    """SIGKILL to the store of the histories, while workflows are started as fast as that is acknowledged."""
+    acknowledged: list[WorkflowHandle[Hello, str]] = []
+    done, queue = asyncio.Event(), f"{lab.id}-{store.name}"
+    client = await cluster.region.connect(retry_config=RETRY)
+
+    async def start_some(sender: int) -> None:
+        for number in itertools.count():
+            if done.is_set():
+                return
+            id = f"{queue}-{sender}-{number}"
+            start = functools.partial(client.start_workflow, Hello.run, "Temporal", task_queue=queue, id=id)
+            # A start that was acknowledged to nobody is there all the same.
+            acknowledged.append(await patiently(functools.partial(start, id_conflict_policy=USE_EXISTING)))
+
+    async def some_more() -> float:
+        goal = len(acknowledged) + 10
+        return await until(lambda: len(acknowledged) >= goal, "starts are acknowledged", 120, every=0.005)
+
+    async with lab.worker([Hello], [say_hello], client=client, task_queue=queue):
+        senders = [asyncio.create_task(start_some(number)) for number in range(3)]
+        try:
+            await some_more()
+            store.kill()
+            before, unheard = len(acknowledged), await ask_to_start(client, 5)
+            back = await store.start(120 * slowness())
+            again = await some_more()
+            done.set()
+            await asyncio.gather(*senders)
+            results = [await result_or_why(one) for one in acknowledged]
+        finally:
+            for one in senders:
+                one.cancel()
+    info = await client.workflow_service.get_cluster_info(GetClusterInfoRequest())
+    return {
+        f"{title} as": differs(info.persistence_store, "sqlite"),
+        f"{title}: acknowledged before": at_least(before, 10),
+        f"{title}: a start while it was dead": differs(unheard, "OK"),
+        f"{title}: acknowledged in all": at_least(len(acknowledged), before + 10),
+        f"{title}: completed": equal(results.count(GREETED), len(acknowledged)),
+        f"{title}: back after": figure(back, "s"),
+        f"{title}: ten starts acknowledged after that": figure(again, "s"),
+    }
+
+
+async def result_or_why(handle: WorkflowHandle[Hello, str]) -> str:
+    """A result, or the status with which it is refused: NOT_FOUND where the workflow is lost."""
+    try:
+        return await patiently(handle.result)
+    except RPCError as error:
+        return error.status.name
+
+
+NO_VISIBILITY = "MariaDB keeps histories in the place of MySQL, and refuses MySQL's schema of visibility"
+
+
+@piece(limit(NO_VISIBILITY))
+async def mariadb_as_mysql(lab: Lab) -> Evidence:
+    async with running("mariadb") as store:
+        try:
+            await store.make_schema("temporal_visibility", "visibility")
+            said = "made"
+        except Failed as error:
+            said = str(error)
+        version = await store.version()
+    core = re.search(r"Error \d+ \(\w+\): You have an error in your SQL syntax", said)
+    return limit(
+        NO_VISIBILITY,
+        schema_of_visibility=Fact(core.group() if core else said[-200:], "an error", said != "made"),
+        version=version,
+    )
+
+
+# Visibility in a search engine: the queries of OP-02, and what goes on without it.
+
+ENGINES = ("elasticsearch", "opensearch")
+SAME_RUNS = "every store of visibility prepared here finds the same runs by the same queries"
+LISTS_FAIL = "while the search engine of visibility is dead, lists fail; workflows go on, and are found once it is back"
+SORTED = "a search engine sorts by an attribute only where a setting of the server allows it, and counts by none"
+# Known at once instead of within a minute.
+KNOWN_AT_ONCE = {"system.forceSearchAttributesCacheRefreshOnRead": True}
+
+
+@piece(holds(SAME_RUNS), limit(LISTS_FAIL), limit(SORTED))
+async def in_every_visibility(lab: Lab) -> list[Evidence]:
+    there, missing = prepared(*ENGINES)
+    without: Facts = {}
+    order: Facts = {}
+    async with Cluster(settings=KNOWN_AT_ONCE) as cluster, lab.worker([Tagged], client=cluster.client):
+        found = await queries_find(lab, cluster, "PostgreSQL")
+    for name in there:
+        async with (
+            running(name) as engine,
+            Cluster(stores={"visibility": engine.store}, settings=KNOWN_AT_ONCE) as cluster,
+            lab.worker([Tagged, Hello], [say_hello], client=cluster.client),
+        ):
+            title = await engine.version()
+            found |= await queries_find(lab, cluster, title)
+            order |= await sorted_by(cluster, title)
+            without |= await engine_killed(lab, cluster, engine, title)
+    same = holds(SAME_RUNS, **found, not_looked_at=missing)
+    if not there:
+        return [same, *(not_run("limit", claim, "; ".join(missing)) for claim in (LISTS_FAIL, SORTED))]
+    return [same, limit(LISTS_FAIL, **without, not_looked_at=missing), limit(SORTED, **order, not_looked_at=missing)]
+
+
+async def queries_find(lab: Lab, cluster: Cluster, title: str) -> Facts:
+    """What OP-02 asks of visibility, asked here."""
+    client = cluster.client
+    kinds = {"Later": "Keyword"} | {name: kind for name, (kind, *_) in ATTRIBUTES.items()}
+    types = {name: IndexedValueType.Value(f"INDEXED_VALUE_TYPE_{snake(kind)}") for name, kind in kinds.items()}
+    request = AddSearchAttributesRequest(namespace=client.namespace, search_attributes=types)
+
+    async def known() -> bool:
+        try:
+            await client.operator_service.add_search_attributes(request)
+        except RPCError as error:
+            return error.status == RPCStatusCode.ALREADY_EXISTS
+        return True
+
+    await until(known, "the search attributes are known")
+    await until(functools.partial(is_answered, client, "Later IS NULL"), "they can be asked for")
+    await two_tagged(lab, client)
+    wrong = {query: one for query in QUERIES if (one := await find(client, query)) != QUERIES[query]}
+    info = await client.workflow_service.get_cluster_info(GetClusterInfoRequest())
+    return {
+        f"{title} as": differs(info.visibility_store, "sqlite"),
+        f"{title}: queries": at_least(len(QUERIES), 15),
+        f"{title}: with other runs than right": equal(wrong, {}),
+    }
+
+
+def snake(kind: str) -> str:
+    """KeywordList as KEYWORD_LIST."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).upper()
+
+
+async def is_answered(client: Client, query: str) -> bool:
+    """One attempt to count, without the SDK's retries."""
+    request = CountWorkflowExecutionsRequest(namespace=client.namespace, query=query)
+    answer = await told(client.workflow_service.count_workflow_executions(request, timeout=timedelta(seconds=5)))
+    return answer == "OK"
+
+
+async def sorted_by(cluster: Cluster, title: str) -> Facts:
+    """ORDER BY and GROUP BY an attribute: as the server is, and where its setting allows the first."""
+    client, query = cluster.client, 'WorkflowType = "Tagged" ORDER BY Number DESC'
+    plainly = await told(anext(client.list_workflows(query)))
+    groups = await told(client.count_workflows("GROUP BY Number"))
+    cluster.region.configure({"system.visibilityDisableOrderByClause": False})
+
+    async def allowed() -> bool:
+        return await told(anext(client.list_workflows(query))) == "OK"
+
+    await until(allowed, "the server sorts")
+    found = [one.id[-1] async for one in client.list_workflows(query)]
+    return {
+        f"{title}: ORDER BY an attribute": differs(plainly, "OK"),
+        f"{title}: where it is allowed": equal(found, ["b", "a"]),
+        f"{title}: GROUP BY an attribute": differs(groups, "OK"),
+    }
+
+
+async def engine_killed(lab: Lab, cluster: Cluster, engine: Process, title: str) -> Facts:
+    """SIGKILL to the search engine: what workflows do without it, and what is found when it is back."""
+    client, id = cluster.client, f"{lab.id}-{engine.name}"
+    engine.kill()
+    greeted = await client.execute_workflow(Hello.run, "Temporal", id=id, task_queue=lab.task_queue)
+    answered = await is_answered(client, f'WorkflowId = "{id}"')
+    back = await engine.start(120 * slowness())
+
+    async def found() -> bool:
+        return await told(client.count_workflows()) == "OK" and (await client.count_workflows(query)).count == 1
+
+    query = f'WorkflowId = "{id}" AND ExecutionStatus = "Completed"'
+    caught_up = await until(found, "what went on without it is found", 120)
+    return {
+        f"{title}: a workflow without it": equal(greeted, GREETED),
+        f"{title}: counting without it": equal("answered" if answered else "failed", "failed"),
+        f"{title}: back after": figure(back, "s"),
+        f"{title}: caught up after that": figure(caught_up, "s"),
+    }
+
+
+@OP.item("OP-03", "Storage backend", seconds=600)
 async def storage_backend(lab: Lab) -> AsyncIterator[Evidence]:
-    """Servers and databases are killed under load; some are restored from a backup."""
+    """Servers, databases and search engines are killed under load; some are restored from a backup."""
     parts = (waiting_survive, in_memory, ten_kills, restored_elsewhere, on_postgresql)
+    around = (in_every_store, mariadb_as_mysql, in_every_visibility)
     found = []
-    async for evidence in side_by_side(*(part(lab) for part in parts)):
-        found.append(evidence.kind)
+    async for evidence in side_by_side(*(part(lab) for part in (*parts, *around))):
+        found.append(evidence.claim)
         yield evidence
-    if "limit" not in found:  # without a cluster it is the dev server that is judged
+    if IN_SQLITE not in found:  # without a cluster it is the dev server that is judged
         async with lab.private_server(file=True) as server:
             yield await where_it_is_stored(server.client)
     yield native(

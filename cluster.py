@@ -25,6 +25,7 @@ from common import (
     refuse,
     stop_signals,
 )
+from harness.progress import Progress
 from harness.servers import port_is_free
 from harness.services import (
     KINDS,
@@ -46,6 +47,7 @@ from harness.services import (
     prepare,
     together,
 )
+from harness.systems import SYSTEMS, builds_for, chosen, prepare_systems
 from lab import until
 
 import argparse
@@ -378,7 +380,7 @@ class Region:
             "visibility": {"sql": sql | {"databaseName": "temporal_visibility", "maxConns": 10, "maxIdleConns": 10}},
         }
         names = {"defaultStore": "main", "visibilityStore": "visibility"}
-        return {**names, "numHistoryShards": self.cluster.shards, "datastores": stores}
+        return {**names, "numHistoryShards": self.cluster.shards, "datastores": stores | self.cluster.stores}
 
     def _metadata(self) -> dict[str, Any]:
         version = 1 + [one.name for one in self.cluster.regions].index(self.name)
@@ -454,7 +456,7 @@ class Region:
     async def _shards_are_owned(self) -> bool:
         owners = await self.shard_owners()
         ours = [shard for one in self.of("history") if one.alive for shard in owners[one.name]]
-        return len(ours) == self.cluster.shards
+        return "main" in self.cluster.stores or len(ours) == self.cluster.shards
 
     async def _hands_out_a_task(self) -> bool:
         """Start a workflow, take its first task as a worker would, and delete it again."""
@@ -490,7 +492,8 @@ class Cluster:
     `services`: processes a kind, one each unless said otherwise. `archive`: closed runs go to a bucket ("s3") or to
     files. `access`: tokens are asked for. `ui`: with a Web UI. `keep`: the data stays in this folder and is found
     there again. `restore`: begin with a backup instead of an empty database. `port`: of region a's frontend.
-    `settings`: dynamic configuration of all services. Raises NotRun where nothing is prepared.
+    `settings`: dynamic configuration of all services. `stores`: where histories ("main") and visibility are kept
+    instead of in PostgreSQL, as the server's configuration names it. Raises NotRun where nothing is prepared.
     """
 
     def __init__(
@@ -507,8 +510,10 @@ class Cluster:
         port: int | None = None,
         settings: Mapping[str, Any] | None = None,
         server: str = SERVER,
+        stores: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.programs = find_programs(server)
+        self.stores = dict(stores or {})
         self.paired, self.with_ui = regions > 1, ui and not access and self.programs.ui is not None
         self.counts = dict.fromkeys(KINDS, 1) | dict(services or {}) | ({"internal-frontend": 1} if access else {})
         self.settings: dict[str, Any] = PAIRED if self.paired else {}
@@ -720,6 +725,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     one = commands.add_parser("prepare", help="build the server once, into the user's cache folder")
     one.add_argument("--server", default=SERVER, metavar="VERSION", help=f"another server than {SERVER}")
     one.add_argument("--keep-build", action="store_true", help="keep 3 GB with which another build is quick")
+    one.add_argument("--with", dest="systems", default="", metavar="NAME,...", help=f"also {', '.join(SYSTEMS)}")
     two = commands.add_parser("up", help="start a cluster, until Ctrl-C")
     two.add_argument("--regions", type=int, default=1, help="1, or 2 that replicate to each other")
     two.add_argument("--services", default="", metavar="KIND=N,...", help="such as history=2,matching=2")
@@ -729,6 +735,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     two.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the data there and find it again")
     two.add_argument("--port", type=int, help="of region a's frontend")
     options = parser.parse_args(arguments)
+    if options.command == "prepare":
+        options.systems = chosen(options.systems)
     if options.command == "up":
         options.services = parse_services(options.services)
         check_options(options)
@@ -767,38 +775,20 @@ def check_options(options: argparse.Namespace) -> None:
             raise Unusable(f"Port {options.port} is taken or not allowed: choose another --port, or leave it out.")
 
 
-class Progress:
-    """One line that says what is being done: in place on a terminal, else a new line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status = console.status("") if console.is_terminal else None
-        self._said, self._at = "", 0.0
-
-    def show(self, text: str) -> None:
-        if self._status:
-            self._status.update(text)
-            self._status.start()
-        elif text.split(":")[0] != self._said or time.monotonic() > self._at + 30:
-            self._said, self._at = text.split(":")[0], time.monotonic()
-            self._console.print(text, soft_wrap=True)
-
-    def close(self) -> None:
-        if self._status:
-            self._status.stop()
-
-
 async def run_prepare(options: argparse.Namespace, console: Console) -> int:
     """The command prepare."""
     progress, begun = Progress(console), time.monotonic()
     try:
-        programs = await prepare(options.server, progress.show, options.keep_build)
+        programs = await prepare(options.server, progress.show, options.keep_build, builds_for(options.systems))
+        lines = await prepare_systems(options.systems, progress.show)
     except (RuntimeError, OSError) as error:
         raise Unusable(f"It cannot be prepared: {explain_build(str(error), cache())}") from None
     finally:
         progress.close()
     took = f"{time.monotonic() - begun:.0f} s"
-    console.print(f"Temporal server {programs.version} is prepared in {cache()} ({took})", soft_wrap=True)
+    console.print(
+        f"Temporal server {programs.version} is prepared in {cache()} ({took})", *lines, sep="\n", soft_wrap=True
+    )
     console.print("Start it with: uv run cluster.py up", soft_wrap=True)
     return 0
 

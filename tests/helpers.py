@@ -98,6 +98,7 @@ def changed(script: Path, tmp_path: Path, *changes: tuple[str, str], shared: Seq
             text = text.replace(old, new)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "systems", tmp_path / "systems", dirs_exist_ok=True)
     for old, _ in shared:
         assert any(old in (ROOT / name).read_text(encoding="utf-8") for name in SHARED), f"nothing shared holds {old!r}"
     return tmp_path / script.name

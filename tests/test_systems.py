@@ -1,0 +1,147 @@
+"""The systems around a cluster: prepared by name, started one at a time, gone afterwards, and not run where missing."""
+
+from common import NotRun, Unusable
+from harness.services import find_programs
+from harness.systems import SYSTEMS, chosen, prepared, running
+
+import asyncio
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import ROOT, Verdicts, changed, evaluate, run
+
+SG, OP = ROOT / "04_sg_signals_events.py", ROOT / "08_op_operations.py"
+
+
+def test_a_wrong_name_is_refused_in_a_sentence() -> None:
+    done = run(ROOT / "cluster.py", "prepare", "--with", "kafka,kafak")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "kafak" in line
+    assert all(name in line for name in SYSTEMS)
+
+
+def test_names_are_taken_once_and_in_order() -> None:
+    assert [one.name for one in chosen("mariadb,kafka,mariadb,")] == ["mariadb", "kafka"]
+    assert chosen("") == []
+    with pytest.raises(Unusable, match="nothing"):
+        chosen("nothing")
+
+
+def test_what_is_not_prepared_says_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    there, missing = prepared(*SYSTEMS)
+    assert there == []
+    for name, why in zip(SYSTEMS, missing, strict=True):
+        assert f"--with {name}" in why or "mariadb-server-core" in why
+
+
+def test_one_that_is_damaged_counts_as_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted preparation leaves nothing that looks whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = SYSTEMS["kafka"].folder
+    folder.mkdir(parents=True)
+    (folder / "sizes.json").write_text('{"jars/one.jar": 12}')
+    with pytest.raises(NotRun, match="prepare --with kafka"):
+        SYSTEMS["kafka"].check()
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_it_starts_comes_back_and_leaves_nothing(name: str) -> None:
+    if not prepared(name)[0]:
+        pytest.skip(prepared(name)[1][0])
+
+    async def live() -> tuple[list[psutil.Process], Path, int]:
+        async with running(name) as system:
+            first = psutil.Process(system.pid)
+            system.kill()
+            assert not first.is_running()
+            await system.start(180)
+            with socket.create_connection(("127.0.0.1", system.port), 5):
+                return [first, psutil.Process(system.pid)], system.place.folder, system.port
+
+    processes, folder, port = asyncio.run(live())
+    assert not any(one.is_running() for one in processes)
+    assert not folder.exists()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), 5)
+
+
+def lost(verdicts: Verdicts, item: str, words: str) -> bool:
+    """Whether a claim with these words is said not to hold."""
+    return any(one["held"] is False and words in one["claim"] for one in verdicts.items[item]["evidence"])
+
+
+@pytest.fixture
+def _kafka() -> None:
+    if not prepared("kafka")[0]:
+        pytest.skip(prepared("kafka")[1][0])
+
+
+@pytest.mark.all
+@pytest.mark.usefixtures("_kafka")
+@pytest.mark.parametrize(
+    ("old", "new", "stars", "claim"),
+    [
+        # The number of an order does not come from the record's place.
+        ('-{self.record.offset}" if self.places', '-{self.record.offset}" if False', 3, "records of a Kafka topic"),
+        # Where it should not, it does.
+        ('places=name.endswith("places")', "places=True", None, "under random ids"),
+        # What cannot be read is dropped.
+        ('-aside", {0: [self.record.value]})', '-aside", {0: []})', 3, "is set aside"),
+        # The record that cannot be read is the last one.
+        ('{0: [POISON, *values_of("a")]}', '{0: [*values_of("a"), POISON]}', None, "meets it again"),
+    ],
+)
+def test_what_kafka_shows_falls(tmp_path: Path, old: str, new: str, stars: int | None, claim: str) -> None:
+    verdicts = evaluate(changed(SG, tmp_path, (old, new)), tmp_path, "SG-03")
+    assert verdicts.stars("SG-03") == stars, verdicts.out
+    assert lost(verdicts, "SG-03", claim), verdicts.out
+
+
+@pytest.fixture
+def _cluster() -> None:
+    try:
+        find_programs()
+    except NotRun as error:
+        pytest.skip(str(error))
+
+
+# What PostgreSQL shows needs no other store.
+ALONE = [('STORES = ("cassandra", "mariadb")', "STORES = ()"), ('ENGINES = ("elast', 'ENGINES = () and ("elast')]
+
+
+@pytest.mark.all
+@pytest.mark.usefixtures("_cluster")
+@pytest.mark.parametrize(
+    ("item", "old", "new", "claim"),
+    [
+        # The database acknowledges before it writes.
+        (
+            "OP-03",
+            "        facts |= await store_killed(lab, cluster, cluster.region.database",
+            "        cluster.region.database.settings = LAZY\n        await cluster.region.database.restart()\n"
+            "        await cluster.region.ready()\n"
+            "        facts |= await store_killed(lab, cluster, cluster.region.database",
+            "every store prepared here",
+        ),
+        # A query finds fewer than there are.
+        (
+            "OP-03",
+            "(one := await find(client, query)) !=",
+            '(one := await find(client, f"({query}) AND Paid = true")) !=',
+            "every store of visibility prepared here",
+        ),
+        # The front does not look at certificates; a key that is known to all.
+        ("OP-01", "ssl_verify_client on", "ssl_verify_client optional_no_ca", "through mTLS"),
+        ("OP-01", "token(key=access.new_key())", "token()", "through TLS to another name"),
+    ],
+)
+def test_what_a_cluster_shows_falls(tmp_path: Path, item: str, old: str, new: str, claim: str) -> None:
+    verdicts = evaluate(changed(OP, tmp_path, *ALONE, (old, new)), tmp_path, item)
+    assert verdicts.stars(item) == 3, verdicts.out
+    assert lost(verdicts, item, claim), verdicts.out
