@@ -52,10 +52,14 @@ def test_the_pictures(tmp_path: Path) -> None:
         assert "<dc:date>" not in text, "the same data give the same file"
 
 
-REGULAR = "        prices.append(await workflow.execute_activity(price, article, start_to_close_timeout=timedelta(seconds=30)))"
+CALL = "await workflow.execute_activity(price, article, start_to_close_timeout=timedelta(seconds=30))"
+REGULAR = f"        prices.append({CALL})"
 LOCAL = "        prices.append(\n            await workflow.execute_local_activity("
 OLD = "        if workflow.info().get_current_history_length() > 1200:\n            await workflow.sleep(0.03)\n"
-AGAIN = "    if page == 50:\n        await workflow.execute_activity(fetch, page, start_to_close_timeout=timedelta(minutes=1))\n"
+AGAIN = (
+    "    if page == 50:\n"
+    "        await workflow.execute_activity(fetch, page, start_to_close_timeout=timedelta(minutes=1))\n"
+)
 LOWERED = '{"limit.numPendingActivities.error": "50", "limit.historyCount.error": "400"}'
 WRONG = 'unreadable(first, Encryption({"january": AESGCM.generate_key(256)}'
 
@@ -64,14 +68,14 @@ FALLS = [
     Fall("PF-01", "await workflow.execute_local_activity(", "await workflow.execute_activity(", 1,
          ["latency of a regular", "latency of a local", "two thirds"]),
     # A step that is taken twice.
-    Fall("PF-01", REGULAR, f"{REGULAR}\n        if article == '7':\n    {REGULAR}", 1, ["latency of a regular"]),
+    Fall("PF-01", REGULAR, f"{REGULAR}\n        if article == '7':\n            {CALL}", 1, ["latency of a regular"]),
     # Local activities that wait for something.
     Fall("PF-01", LOCAL, f"        await workflow.sleep(0.05)\n{LOCAL}", 3, ["two thirds"]),
     # A platform on which long runs get slower.
     Fall("PF-01", REGULAR, OLD + REGULAR, 3, ["a step late in a long run"]),
     # What is done in one activity takes as long as in many.
-    Fall("PF-01", "return [await price(article) for", "await asyncio.sleep(0.5)\n    return [await price(article) for", 3,
-         ["20 small things"]),
+    Fall("PF-01", "    return [await price(article) for",
+         "    await asyncio.sleep(0.5)\n    return [await price(article) for", 3, ["20 small things"]),
     # The query does not see the signals.
     Fall("PF-01", "self.touches += 1", "self.touches += 0", 3, ["a query sees every signal"]),
     # A delay that is shorter than it is said to be.
@@ -79,10 +83,12 @@ FALLS = [
     # A server whose timestamps run at half the speed.
     Fall("PF-01", "/ 1e9", "/ 2e9", 3, ["the server's timestamps"]),
     # A ledger that takes longer than what it measures.
-    Fall("PF-01", "        note(self._outside.ledger, ", "        time.sleep(0.1)\n        note(self._outside.ledger, ", None,
-         ["what measuring adds"], shared=True, alone=True),
+    Fall("PF-01", "        note(self._outside.ledger, ",
+         "        time.sleep(0.1)\n        note(self._outside.ledger, ", None, ["what measuring adds"],
+         shared=True, alone=True),
     # A call in this process that takes as long as a step.
-    Fall("PF-01", '        await price(f"{number}")', '        time.sleep(0.003)\n        await price(f"{number}")', None,
+    Fall("PF-01", '        await price(f"{number}")',
+         '        time.sleep(0.003)\n        await price(f"{number}")', None,
          ["the ends of the scale", "a step is no function call"]),
     # The dev server's poll limit is raised for both.
     Fall("PF-01", "if key != POLLS}", "if key}", 4, ["polls its queues"]),
@@ -120,11 +126,11 @@ FALLS = [
     Fall("PF-03", "task_queue=trusting, disable_payload_error_limit=True", "task_queue=trusting", 3,
          ["the same two are ended"]),
     # What comes from inside a workflow is not too large.
-    Fall("PF-03", "(too_big(lab, way, checking, room, room.too_much)", "(too_big(lab, way, checking, room, room.passes)", 3,
+    Fall("PF-03", "way, checking, room, room.too_much)", "way, checking, room, room.passes)", 3,
          ["an activity result over", "an activity argument over", "a workflow result over"]),
     # The same parts one after the other, each in a message of its own.
-    Fall("PF-03", "            await asyncio.gather(*parts)", "            for part in parts:\n                await part", 3,
-         []),
+    Fall("PF-03", "            await asyncio.gather(*parts)",
+         "            for part in parts:\n                await part", 3),
     # Something of the plain text stays beside the sealed one.
     Fall("PF-03", '"encryption-key-id": name}', '"encryption-key-id": name, "hint": payload.data}', 3,
          ["stands nowhere"]),
@@ -132,8 +138,8 @@ FALLS = [
     Fall("PF-03", "        failure_converter_class=DefaultFailureConverterWithEncodedAttributes,\n", "", 3,
          ["stands nowhere"]),
     # The key is not rotated.
-    Fall("PF-03", 'Encryption({"january": keys["january"]}, "january"), Encryption(keys, "february")',
-         'Encryption({"january": keys["january"]}, "january"), Encryption(keys, "january")', 3, ["whose key is rotated"]),
+    Fall("PF-03", '"january"), Encryption(keys, "february")', '"january"), Encryption(keys, "january")', 3,
+         ["whose key is rotated"]),
     # Nothing was changed on the way.
     Fall("PF-03", "unreadable(changed(first), after)", "unreadable(first, after)", 3, ["changed on the way"]),
     # The wrong key is the right one.
@@ -142,8 +148,8 @@ FALLS = [
     Fall("PF-03", 'lab.start(Stamp.run, data, name="plain"', 'lab.start(Stamp.run, data[:9], name="plain"', None,
          ["without the codec is refused"]),
     # An activity that makes nothing of what is empty.
-    Fall("PF-03", "    return value\n\n\n@workflow.defn\nclass Echo", "    return value or None\n\n\n@workflow.defn\nclass Echo",
-         3, ["odd values"]),
+    Fall("PF-03", "async def echo(value: Any) -> Any:\n    return value\n",
+         "async def echo(value: Any) -> Any:\n    return value or None\n", 3, ["odd values"]),
     # The driver leaves a copy in the history.
     Fall("PF-03", '{"sha256": name}) for name in names', '{"sha256": name, "copy": "x" * 30_000}) for name in names', 3,
          ["external storage"]),
