@@ -415,7 +415,7 @@ async def all_ways(walker: Walker, bare: Walker) -> Pace:
 async def latency(lab: Lab, walker: Walker, pace: Pace) -> list[Evidence]:
     turns = len(pace.turns[ONE])
     events, taken = await count_events(walker.handle), turns * STEPS
-    regular, local, one = pace.p50(REGULAR), pace.p50(LOCAL), statistics.median(pace.turns[ONE]) * STEPS
+    whole, without = pace.turns[REGULAR], pace.turns[WITHOUT]
     picture = await pictured(lab, plot_latency, pace.steps[REGULAR], pace.steps[LOCAL])
     return [
         works(
@@ -436,19 +436,21 @@ async def latency(lab: Lab, walker: Walker, pace: Pace) -> list[Evidence]:
         ),
         holds(
             "a local activity costs at most two thirds of a regular one in the same run, by turns",
-            of_a_regular_one=at_most(local / regular, 2 / 3),
+            of_a_regular_one=at_most(pace.p50(LOCAL) / pace.p50(REGULAR), 2 / 3),
             turns=turns,
         ),
         holds(
-            f"{STEPS} small things in one activity cost no more than three steps",
+            "many small things in one activity cost at most half of what as many activities do, by turns",
+            of_as_many_activities=at_most(statistics.median(pace.turns[ONE]) / statistics.median(whole), 0.5),
             all_of_them=in_ms(STEPS * seconds for seconds in pace.turns[ONE]),
-            in_steps=at_most(one / regular, 3),
+            as_many_activities=in_ms(STEPS * seconds for seconds in whole),
+            things=STEPS,
         ),
         control(
             "what measuring adds, the ledger's lines, is less than half of a step",
-            a_step_without_them=in_ms(pace.turns[WITHOUT]),
-            with_them=in_ms(pace.turns[REGULAR]),
-            times_as_much=at_most(statistics.median(pace.turns[REGULAR]) / statistics.median(pace.turns[WITHOUT]), 1.5),
+            times_as_much=at_most(statistics.median(whole) / statistics.median(without), 1.5),
+            a_step_without_them=in_ms(without),
+            with_them=in_ms(whole),
         ),
     ]
 

@@ -75,7 +75,7 @@ FALLS = [
     Fall("PF-01", REGULAR, OLD + REGULAR, 3, ["a step late in a long run"]),
     # What is done in one activity takes as long as in many.
     Fall("PF-01", "    return [await price(article) for",
-         "    await asyncio.sleep(0.5)\n    return [await price(article) for", 3, ["20 small things"]),
+         "    await asyncio.sleep(0.5)\n    return [await price(article) for", 3, ["many small things"]),
     # The query does not see the signals.
     Fall("PF-01", "self.touches += 1", "self.touches += 0", 3, ["a query sees every signal"]),
     # A delay that is shorter than it is said to be.
