@@ -1881,9 +1881,9 @@ async def unreadable(payload: Payload, reader: PayloadCodec) -> str:
     return "readable"
 
 
-def changed(payload: Payload) -> Payload:
+def turned(data: bytes) -> bytes:
     """The same with its last bit turned."""
-    return Payload(metadata=payload.metadata, data=payload.data[:-1] + bytes([payload.data[-1] ^ 1]))
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def on_disk(lab: Lab) -> bytes:
@@ -1906,6 +1906,7 @@ async def encryption(lab: Lab) -> list[Evidence]:
         disk = await asyncio.to_thread(on_disk, lab)
     used = Counter(re.findall(rb"encryption-key-id\x12.(january|february)", sealed.raw, re.DOTALL))
     first = sealed.history.events[0].workflow_execution_started_event_attributes.input.payloads[0]
+    spoilt = Payload(metadata=first.metadata, data=turned(first.data))
     return [
         holds(
             "an encryption codec whose key is rotated in the middle of a run: it finishes, under both keys",
@@ -1924,7 +1925,7 @@ async def encryption(lab: Lab) -> list[Evidence]:
         ),
         holds(
             "an encrypted payload that was changed on the way is refused",
-            with_its_last_bit_turned=equal(await unreadable(changed(first), after), "InvalidTag"),
+            with_its_last_bit_turned=equal(await unreadable(spoilt, after), "InvalidTag"),
         ),
         control(
             "without the codec the secret stands in both",
@@ -2042,7 +2043,7 @@ async def external_storage(lab: Lab, room: Room) -> list[Evidence]:
     stored = sorted(path.stat().st_size // MB for path in folder.iterdir())
     start = await refused(lab.start(Stamp.run, data, name="unstored", task_queue=f"{lab.id}-nobody"))
     one = min(folder.iterdir())
-    one.write_bytes(one.read_bytes()[:-1])
+    one.write_bytes(turned(one.read_bytes()))
     spoilt, astray = await by_driver(driver, one.name), await by_driver(driver, "../calls")
     for path in folder.iterdir():
         path.unlink()

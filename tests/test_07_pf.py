@@ -141,7 +141,7 @@ FALLS = [
     Fall("PF-03", '"january"), Encryption(keys, "february")', '"january"), Encryption(keys, "january")', 3,
          ["whose key is rotated"]),
     # Nothing was changed on the way.
-    Fall("PF-03", "unreadable(changed(first), after)", "unreadable(first, after)", 3, ["changed on the way"]),
+    Fall("PF-03", "unreadable(spoilt, after)", "unreadable(first, after)", 3, ["changed on the way"]),
     # The wrong key is the right one.
     Fall("PF-03", WRONG, WRONG.replace("AESGCM.generate_key(256)", 'keys["january"]'), None, ["with a wrong key"]),
     # The text is small enough without the codec.
