@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Fall, check_falls, check_whole, evaluate, in_runs, name_of_run
+from helpers import ROOT, Fall, changed, check_falls, check_whole, evaluate, in_runs, name_of_run
 
 SCRIPT = ROOT / "07_pf_performance.py"
 
@@ -40,10 +40,7 @@ def test_the_whole_script(tmp_path: Path) -> None:
 
 @pytest.mark.all
 def test_the_pictures(tmp_path: Path) -> None:
-    (tmp_path / SCRIPT.name).write_text(SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
-    for name in ("common.py", "lab.py", "cluster.py", "harness"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    assert evaluate(tmp_path / SCRIPT.name, tmp_path, "--plot", seconds=600).code == 0
+    assert evaluate(changed(SCRIPT, tmp_path), tmp_path, "--plot", seconds=600).code == 0
     pictures = sorted(tmp_path.glob("docs/*"))
     assert [one.name for one in pictures] == ["pf_fanout.svg", "pf_latency.svg", "pf_payload.svg"]
     for one in pictures:
