@@ -65,7 +65,7 @@ FALLS = [
     Fall("PF-01", "await workflow.execute_local_activity(", "await workflow.execute_activity(", 1,
          ["latency of a regular", "latency of a local", "two thirds"]),
     # A step that is taken twice.
-    Fall("PF-01", REGULAR, f"{REGULAR}\n        if article == '7':\n            {CALL}", 1, ["latency of a regular"]),
+    Fall("PF-01", REGULAR, f"{REGULAR}\n        if article == '7':\n            {CALL}", 2, ["latency of a regular"]),
     # Local activities that wait for something.
     Fall("PF-01", LOCAL, f"        await workflow.sleep(0.05)\n{LOCAL}", 3, ["two thirds"]),
     # A platform on which long runs get slower.
