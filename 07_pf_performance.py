@@ -322,7 +322,7 @@ async def example_pf_01(client: Client) -> None:
 # PF-01 put to the test -------------------------------------------------------------------------------
 
 STEPS = 15  # of each way in a turn
-AGE = 120  # steps that make a run an old one
+AGE = 100  # steps that make a run an old one
 REGULAR, LOCAL, ONE = WAYS
 
 
@@ -522,9 +522,9 @@ async def where_time_goes(walker: Walker, long: Sequence[float], used: Used) -> 
     )
 
 
-async def round_trips(lab: Lab, walker: Walker) -> Evidence:
+async def round_trips(lab: Lab) -> Evidence:
     """A signal, a query that must already see it, a whole workflow, and a few steps, by turns."""
-    seen, steps = [], list[float]()
+    seen, steps, walker = [], list[float](), await Walker.begin(lab, "trips")
     handle = walker.handle
 
     async def turn() -> Mapping[str, float]:
@@ -777,8 +777,8 @@ async def step_latency(lab: Lab) -> AsyncIterator[Evidence]:
             long = await walker.take(1000 if lab.flag("full") else AGE)
         yield await where_time_goes(walker, long, used)
         yield await stays_level(lab, walker)
-        yield await round_trips(lab, walker)
-        yield await asleep(walker)
+        yield await round_trips(lab)
+        yield await asleep(await Walker.begin(lab, "asleep"))
         for evidence in await two_ends(lab, pace):
             yield evidence
     yield native(
