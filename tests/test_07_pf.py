@@ -52,7 +52,7 @@ def test_the_pictures(tmp_path: Path) -> None:
 CALL = "await workflow.execute_activity(price, article, start_to_close_timeout=timedelta(seconds=30))"
 REGULAR = f"        prices.append({CALL})"
 LOCAL = "        prices.append(\n            await workflow.execute_local_activity("
-OLD = "        if workflow.info().get_current_history_length() > 1200:\n            await workflow.sleep(0.03)\n"
+OLD = "        if workflow.info().get_current_history_length() > 800:\n            await workflow.sleep(0.03)\n"
 AGAIN = (
     "    if page == 50:\n"
     "        await workflow.execute_activity(fetch, page, start_to_close_timeout=timedelta(minutes=1))\n"
