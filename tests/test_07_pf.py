@@ -106,7 +106,7 @@ FALLS = [
     Fall("PF-02", "while len(pids) < count:", "while len(pids) < 1:", 3, ["every process gets a part"]),
     # Workers that do so little at a time that more of them do more.
     Fall("PF-02", "lab.worker_process([FetchAll], [fetch], task_queue=queue)",
-         "lab.worker_process([FetchAll], [fetch], task_queue=queue, max_concurrent_activities=1)", 3,
+         "lab.worker_process([FetchAll], [fetch], task_queue=queue, max_concurrent_activities=2)", 4,
          ["make it no faster"]),
     # A workflow that brings another one's result.
     Fall("PF-02", "Pages(number, 1)", "Pages(number // 2 * 2, 1)", 3, ["many workflows at once"]),
