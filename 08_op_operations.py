@@ -1652,6 +1652,7 @@ async def where_it_is_stored(client: Client) -> Evidence:
     stores = [info.persistence_store, info.visibility_store]
     return limit(
         IN_SQLITE,
+        certain=True,
         stores=Fact(stores, "sqlite", set(stores) <= {"sqlite", ""}),
     )
 
@@ -2440,7 +2441,7 @@ ONE_SHARD = "the server keeps all histories in one shard: only the scaling of wo
 async def shards_of(client: Client) -> Evidence:
     """A number that is not told counts as one."""
     info = await client.workflow_service.get_cluster_info(GetClusterInfoRequest())
-    return limit(ONE_SHARD, history_shards=at_most(info.history_shard_count, 1))
+    return limit(ONE_SHARD, certain=True, history_shards=at_most(info.history_shard_count, 1))
 
 
 class Warehouse:
@@ -2802,7 +2803,9 @@ async def archival_of(client: Client) -> Evidence:
     """What a namespace that was registered with an archive says of it."""
     told = await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=client.namespace))
     state = ArchivalState.Name(told.config.history_archival_state)
-    return limit(NO_ARCHIVE, registered_with_an_archive_and_described_as=differs(state, "ARCHIVAL_STATE_ENABLED"))
+    return limit(
+        NO_ARCHIVE, certain=True, registered_with_an_archive_and_described_as=differs(state, "ARCHIVAL_STATE_ENABLED")
+    )
 
 
 async def no_archive(lab: Lab, server: Server) -> Evidence:
@@ -3222,6 +3225,7 @@ async def dev_servers_apart(lab: Lab) -> Evidence:
     said = [" ".join(done.err.split()).rpartition("Error: ")[2] for done in (joined, shared)]
     return limit(
         NO_SECOND_REGION,
+        certain=True,
         cluster_upsert=contains(said[0], "Cannot update current cluster metadata"),
         global_namespace=contains(said[1], "Cannot register global namespace"),
         cap=3,
@@ -3249,7 +3253,7 @@ async def replicates(lab: Lab, cluster: Cluster, own: Client) -> list[Evidence]:
             runs_found_in_b=equal(len(lags), 10),
             replication_lag=Spread.of(lags, "ms"),
         ),
-        limit(NO_SECOND_REGION, active_region_as_each_has_it=differs(there, ["a", "a"]), cap=3),
+        limit(NO_SECOND_REGION, certain=True, active_region_as_each_has_it=differs(there, ["a", "a"]), cap=3),
     ]
 
 
@@ -3641,8 +3645,17 @@ async def open_doors(lab: Lab) -> list[Evidence]:
             await stranger.get_workflow_handle(handle.id).terminate("because I can")
             reached.append(name_of(await status_of(handle)))
     return [
-        limit(OPEN_DOORS, terminated_by_a_client_without_credentials=equal(reached, ["TERMINATED", "TERMINATED"])),
-        limit(FORGED, identity=equal(names["identity"], "the boss"), name_of_who_it_was=equal(names["principal"], "")),
+        limit(
+            OPEN_DOORS,
+            certain=True,
+            terminated_by_a_client_without_credentials=equal(reached, ["TERMINATED", "TERMINATED"]),
+        ),
+        limit(
+            FORGED,
+            certain=True,
+            identity=equal(names["identity"], "the boss"),
+            name_of_who_it_was=equal(names["principal"], ""),
+        ),
     ]
 
 
@@ -3719,14 +3732,17 @@ class Gate:
                 **{who: equal(seen[who], []) for who in outside},
                 calls_that_the_admin_makes=equal(len(seen["admin"]), 6),
             ),
-            limit(OPEN_DOORS, calls_without_credentials_let_in=at_least(len(seen["none"]), 1)),
+            limit(OPEN_DOORS, certain=True, calls_without_credentials_let_in=at_least(len(seen["none"]), 1)),
         ]
 
     async def identity(self) -> Evidence:
         will = await self.client(self.access.token("red:write", subject="will"), identity="the boss")
         names = await forged(self.red, will.get_workflow_handle(self.room.id))
         return limit(
-            FORGED, identity=equal(names["identity"], "the boss"), name_of_who_it_was=equal(names["principal"], "")
+            FORGED,
+            certain=True,
+            identity=equal(names["identity"], "the boss"),
+            name_of_who_it_was=equal(names["principal"], ""),
         )
 
     async def rotated(self) -> Evidence:
