@@ -6,7 +6,11 @@
 
 `uv run comparison/compare.py` runs every `on_*.py` of this folder in its own environment, prints the
 table, and writes it to results/comparison.json. What one system measures, its own script measures too.
-Restate's server is prepared once: `npm install --prefix .restate @restatedev/restate-server`.
+The cost of a step is measured by turns: each system once, then each once more, so that a machine that is
+busy with something else is busy for all. At the end the copies of this project's lessons are run on DBOSify.
+
+Restate's server is prepared once: `npm install --prefix .restate @restatedev/restate-server`; Temporal's
+cluster by `uv run cluster.py prepare`. What is not there is said and left out.
 
 Exit status: 0 all that ran was seen, 1 a probe was inconclusive or a script failed, 2 the command is
 wrong, 130 Ctrl-C.
@@ -22,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +34,17 @@ import probes
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parent / "results" / "comparison.json"
-# The order of the table; the last three are combinations.
-SYSTEMS = ("temporal", "langgraph", "crewai", "dbos", "restate", "temporal_langgraph", "temporal_crewai")
+# The order of the table; the last two are combinations.
+SYSTEMS = ("temporal", "langgraph", "crewai", "dbos", "restate", "dbosify", "temporal_langgraph", "temporal_crewai")
+COST = 6  # the probe that is done by turns
+TURNS = 3
 TITLES = {
     "temporal": "Temporal",
     "langgraph": "LangGraph",
     "crewai": "CrewAI",
     "dbos": "DBOS",
     "restate": "Restate",
+    "dbosify": "DBOSify",
     "temporal_langgraph": "LangGraph with Temporal",
     "temporal_crewai": "CrewAI with Temporal",
 }
@@ -80,21 +87,31 @@ class Runner:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def run(self, name: str, file: Path, options: argparse.Namespace) -> dict[str, Any]:
+    def run(
+        self, name: str, file: Path, options: argparse.Namespace, numbers: Sequence[int], more: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The record of a system's script; with a reason and no records when it could not run."""
         script = str(HERE / f"on_{name}.py")
         code, errors = self._start(["uv", "sync", "--quiet", "--script", script])
         if code:
             return not_run(name, f"its packages cannot be installed here: {errors}")
         command = ["uv", "run", "--quiet", "--script", script, "--lifeline", "--json", str(file)]
-        command += ["--seed", str(options.seed)]
-        if options.probe:
-            command += ["--probe", *map(str, options.probe)]
+        command += ["--seed", str(options.seed), "--probe", *map(str, numbers), *more]
         code, errors = self._start(command)
         if file.exists() and file.stat().st_size:
             record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return record
         return not_run(name, errors or f"exit status {code}") | {"failed": True}
+
+    def lessons(self, file: Path) -> dict[str, Any]:
+        """What became of the copies of the lessons on DBOSify."""
+        print("The lessons on DBOSify begin", flush=True)
+        script = str(HERE / "lessons_on_dbosify.py")
+        code, errors = self._start(["uv", "run", "--quiet", "--script", script, "--lifeline", "--json", str(file)])
+        if code or not file.exists():
+            return {"reason": errors}
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return record
 
     def _start(self, command: Sequence[str]) -> tuple[int, str]:
         """Run a command and show its lines; its exit status and the end of what it complained of."""
@@ -135,19 +152,68 @@ def not_run(name: str, reason: str) -> dict[str, Any]:
     return {"name": name, "title": TITLES[name], "columns": [], "records": [], "stars": {}, "reason": reason}
 
 
-def conclude(systems: Sequence[dict[str, Any]], seconds: float, options: argparse.Namespace) -> int:
+def locked_now(system: Mapping[str, Any]) -> dict[str, str]:
+    """The versions that the system's script would be run with."""
+    return {name: version for name, (version, _) in probes.locked(HERE / f"on_{system['name']}.py").items()}
+
+
+def by_turns(
+    systems: Sequence[dict[str, Any]], runner: Runner, folder: Path, options: argparse.Namespace
+) -> list[float]:
+    """Measure the cost of a step of every system in turn, several times over; the machine's load at each."""
+    loads = []
+    turns: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for turn in range(1, TURNS + 1):
+        for system in [one for one in systems if not one["name"].startswith("temporal_") and "reason" not in one]:
+            print(f"Turn {turn} of {TURNS}: {system['title']}", flush=True)
+            loads.append(round(os.getloadavg()[0], 1))
+            file = folder / f"{system['name']}-{turn}.json"
+            seen = runner.run(system["name"], file, options, [COST], ["--repeats", "1"])
+            for record in seen["records"]:
+                turns.setdefault((system["name"], record["column"]), []).append(record)
+    for system in systems:
+        for column in system["columns"]:
+            records = turns.get((system["name"], column), [])
+            if records:
+                system["records"].append(merged(records))
+        order = list(system["columns"])
+        system["records"].sort(key=lambda one: (order.index(one["column"]), one["probe"]))
+    return loads
+
+
+def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record from those of several turns; inconclusive where one of them is."""
+    bad = next((one for one in records if one["status"] != "seen"), None)
+    if bad:
+        return bad
+    facts = probes.merged([one["facts"] for one in records])
+    outcome, measured = probes.words(COST, facts)
+    seconds = round(sum(one["seconds"] for one in records), 1)
+    return {**records[0], "facts": facts, "outcome": outcome, "measured": measured, "seconds": seconds}
+
+
+def conclude(
+    systems: Sequence[dict[str, Any]], seconds: float, options: argparse.Namespace, whole: Mapping[str, Any]
+) -> int:
     """Print the table, record it, and return the exit status."""
     for system in systems:
         system["stars"] = probes.rate_columns(system)
+        for one in probes.newer_than(system, locked_now(system)):
+            probes.say(f"{system['title']}: {one} is newer than this record")
     probes.show_table(systems)
     probes.say(f"\n{seconds / 60:.1f} minutes")
     if options.json:
         whole = {
-            "environment": options.show["environment"] if options.show else probes.machine(),
+            "environment": whole["environment"],
+            "load": whole.get("load", []),
             "minutes": round(seconds / 60, 1),
             "probes": {str(number): title for number, title in probes.PROBES.items()},
-            "rule": {row: [text for text, _ in statements] for row, statements in probes.RULE.items()},
+            "rule": {
+                row: [{"statement": one.text, "reason": one.reason} for one in statements]
+                for row, statements in probes.RULE.items()
+            },
             "systems": systems,
+            "lessons": whole.get("lessons", {}),
         }
         Path(options.json).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         probes.say(f"Recorded in {options.json}")
@@ -158,7 +224,7 @@ def conclude(systems: Sequence[dict[str, Any]], seconds: float, options: argpars
 def main() -> None:
     options = parse(sys.argv[1:])
     if options.show:
-        probes.leave(conclude(options.show["systems"], options.show["minutes"] * 60, options))
+        probes.leave(conclude(options.show["systems"], options.show["minutes"] * 60, options, options.show))
     probes.stop_on_signals()
     runner = Runner()
     folder = None
@@ -169,8 +235,13 @@ def main() -> None:
         systems = []
         for name in [name for name in SYSTEMS if not options.system or name in options.system]:
             print(f"{TITLES[name]} begins", flush=True)
-            systems.append(runner.run(name, folder / f"{name}.json", options))
-        code = conclude(systems, time.monotonic() - begun, options)
+            numbers = [number for number in options.probe or probes.PROBES if number != COST]
+            systems.append(runner.run(name, folder / f"{name}.json", options, numbers))
+        loads = by_turns(systems, runner, folder, options) if COST in (options.probe or probes.PROBES) else []
+        whole = {"environment": probes.machine(), "load": loads}
+        if not options.probe and not options.system:
+            whole["lessons"] = runner.lessons(folder / "lessons.json")
+        code = conclude(systems, time.monotonic() - begun, options, whole)
     except probes.Stopped as stopped:
         code = 128 + stopped.number
     except BrokenPipeError:
