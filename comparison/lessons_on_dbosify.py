@@ -33,6 +33,7 @@ from pathlib import Path
 
 import postgres
 import probes
+import psycopg
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -47,7 +48,7 @@ ANNOUNCED = {
     r"PollerBehavior|WorkerTuner|WorkerDeployment|deployment|VersioningBehavior": "worker-versioning",
     r"SearchAttribute|list_workflows|query language": "memo-search-attributes",
     r"execution_timeout|cron_schedule|id_reuse_policy|start parameter": "start-params",
-    r"WorkflowHistory|HistoryEvent|to_json|from_json": "replay",
+    r"WorkflowHistory|HistoryEvent|to_json|from_json|No DBOS was created": "replay",
     r"Schedule": "schedules",
     r"start_activity|ActivityHandle|execute_activity.*Client": "no-client-activities",
     r"metric": "no-metrics",
@@ -197,8 +198,10 @@ def run_copies(folder: Path, guard: probes.Guard, cli: Path, items: Sequence[str
 
     def dbosify(item: str) -> dict[str, str]:
         database = f"lesson_{item.lower().replace('-', '_')}"
-        url = f"postgresql://{postgres.USER}:{secret}@127.0.0.1:{ports['postgres']}/{database}"
-        return base | {"DATABASE": url}
+        server = f"postgresql://{postgres.USER}:{secret}@127.0.0.1:{ports['postgres']}"
+        with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {database}")
+        return base | {"DATABASE": f"{server}/{database}"}
 
     found = {item: file for item, file in copies(folder).items() if not items or item in items}
     with ThreadPoolExecutor(2) as pool:

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import probes
-
-# user code: setup
-from crewai import CheckpointConfig
 from crewai.flow.async_feedback import HumanFeedbackPending
 from crewai.flow.flow import Flow, FlowState, listen, start
 from crewai.flow.human_feedback import human_feedback
 from crewai.flow.persistence import SQLiteFlowPersistence, persist
+
+# user code: setup
+from crewai.state.checkpoint_config import CheckpointConfig
 from probes import PLAN, TIMER, fail_twice, note, work
 
 DATABASE = SQLiteFlowPersistence(PLAN.file("flows.db") if "COMPARISON_PLAN" in os.environ else ":memory:")
@@ -81,6 +81,13 @@ def kickoff_from_checkpoint(flow: type[Flow[State]], run: str) -> Any:
     return flow(checkpoint=checkpoints(run)).kickoff(inputs={"id": run, "run": run})
 
 
+def kept(flow: Any) -> Any:
+    """The flow with its store, where the mode is @persist."""
+    if PLAN.column == "persist":
+        return persist(DATABASE)(flow)
+    return flow  # harness
+
+
 # end
 
 
@@ -93,11 +100,10 @@ def make_method(name: str, after: str) -> Any:
     return listen(after)(method) if after else start()(method)
 
 
-def five_flow(names: Sequence[str]) -> type[Flow[State]]:
+def five_flow(names: Sequence[str]) -> Any:
     befores = ["", *names]
     methods = {name: make_method(name, before) for before, name in zip(befores, names, strict=False)}
-    flow = type("FiveFlow", (Flow[State],), methods)
-    return persist(DATABASE)(flow) if PLAN.column == "persist" else flow
+    return kept(type("FiveFlow", (Flow[State],), methods))
 
 
 def five() -> None:
@@ -123,12 +129,13 @@ class Review(Flow[State]):
 
     @listen(draft)
     @human_feedback(message="publish?", provider=Later())
-    def ask(self) -> str:
+    def review(self) -> str:
         return "draft"
 
-    @listen(ask)
+    @listen(review)
     def publish(self) -> str:
-        return work(self.state.run, f"publish {self.last_human_feedback.feedback}")
+        answer: Any = self.last_human_feedback
+        return work(self.state.run, f"publish {answer.feedback}")
 
 
 def human() -> None:
@@ -173,12 +180,11 @@ def make_nothing(name: str, after: str) -> Any:
 
 
 @functools.cache
-def many_flow(number: int) -> type[Flow[State]]:
+def many_flow(number: int) -> Any:
     names = [f"n{one}" for one in range(number)]
     befores = ["first"] * number if PLAN.version == "parallel" else ["first", *names]
     methods = {name: make_nothing(name, before) for before, name in zip(befores, names, strict=False)}
-    flow = type("ManyFlow", (Flow[State],), {"first": make_nothing("first", ""), **methods})
-    return persist(DATABASE)(flow) if PLAN.column == "persist" else flow
+    return kept(type("ManyFlow", (Flow[State],), {"first": make_nothing("first", ""), **methods}))
 
 
 # end
@@ -205,9 +211,8 @@ class Timed(Flow[State]):
 
 
 def timer() -> None:
-    flow = persist(DATABASE)(Timed) if PLAN.column == "persist" else Timed
     if PLAN.phase != "up":
-        kickoff(flow, PLAN.run)
+        kickoff(kept(Timed), PLAN.run)
 
 
 # end

@@ -192,7 +192,7 @@ def many() -> list[dict[str, float]]:
         graph = many_steps(checkpointer)
 
         def run_steps(number: int) -> None:
-            config = {**thread(f"many-{time.time()}"), "recursion_limit": number + 5}
+            config: RunnableConfig = {**thread(f"many-{time.time()}"), "recursion_limit": number + 5}
             done = graph.invoke({"number": number, "done": 0}, config, durability=DURABILITY)["done"]
             assert done == number
 
@@ -218,7 +218,7 @@ def timer() -> None:
         graph = StateGraph(State).add_sequence([before, wait, after])
         timed = graph.add_edge(START, "before").compile(checkpointer=checkpointer)
         if PLAN.phase != "up":
-            start = None if begun(timed, PLAN.run) else {"run": PLAN.run}
+            start: State | None = None if begun(timed, PLAN.run) else {"run": PLAN.run}
             timed.invoke(start, thread(PLAN.run), durability=DURABILITY)
 
 

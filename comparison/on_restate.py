@@ -337,6 +337,7 @@ SYSTEM = probes.System(
     server_licence=server_licence,
     server_version=lambda: {"restate-server": manifest().get("version", "?")},
     check=check,
+    elsewhere="its server comes from npm",
     remedy="a second deployment beside the first",
     retry="restate:RunOptions",
     llm={

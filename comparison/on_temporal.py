@@ -70,7 +70,7 @@ class Five:
 
 
 async def start_five(client: Client, run: str) -> Any:
-    options = {"task_timeout": timedelta(seconds=2)}  # harness
+    options: dict[str, Any] = {"task_timeout": timedelta(seconds=2)}  # harness
     return await client.execute_workflow(Five.run, run, id=run, task_queue=QUEUE, **options)
 
 
@@ -315,7 +315,11 @@ TUNED = ("history.transferProcessorMaxPollRPS=100000", 'history.timerProcessorMa
 
 
 CLUSTER = "cluster on PostgreSQL"
-ROOT = Path(__file__).resolve().parent.parent
+
+
+def project() -> Path:
+    """The project's folder. Not a constant: a workflow's sandbox allows no such call while it imports this file."""
+    return Path(__file__).resolve().parent.parent
 
 
 def cluster_command(folder: Path, ports: Mapping[str, int], column: str) -> list[str]:
@@ -325,7 +329,7 @@ def cluster_command(folder: Path, ports: Mapping[str, int], column: str) -> list
         one.chmod(0o711)  # PostgreSQL runs as another user where we are root
     settings = [f"--{name}={value}" for name, value in (part.split("=") for part in TUNED)]
     return [
-        str(ROOT / ".venv" / "bin" / "python"),
+        str(project() / ".venv" / "bin" / "python"),
         str(script),
         f"{ports['frontend']}:{ports['ready']}",
         str(folder),
@@ -344,9 +348,9 @@ def cluster_ready(ports: Mapping[str, int]) -> bool:
 
 
 def check_cluster() -> None:
-    python = ROOT / ".venv" / "bin" / "python"
+    python = project() / ".venv" / "bin" / "python"
     code = "import sys; sys.path.insert(0, sys.argv[1]); from harness.services import find_programs; find_programs()"
-    done = [python, "-c", code, ROOT]
+    done = [str(python), "-c", code, str(project())]
     if not python.exists() or subprocess.run(done, capture_output=True, check=False).returncode:
         raise probes.NotRun("the cluster is not prepared: `uv sync` and `uv run cluster.py prepare` in the project")
 

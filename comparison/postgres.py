@@ -136,7 +136,7 @@ def command(folder: Path, ports: Mapping[str, int], column: str) -> list[str]:
 
 def answers(ports: Mapping[str, int]) -> bool:
     """Whether it takes connections: after a kill it listens while it still recovers."""
-    ask = [installed() / "bin" / "pg_isready", "--quiet", "--host=127.0.0.1", f"--port={ports['postgres']}"]
+    ask = [str(installed() / "bin" / "pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={ports['postgres']}"]
     return subprocess.run(ask, check=False).returncode == 0
 
 
