@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE.parent / "results" / "comparison.json"
 # The order of the table; the last two are combinations.
 SYSTEMS = ("temporal", "langgraph", "crewai", "dbos", "restate", "dbosify", "temporal_langgraph", "temporal_crewai")
+SIDE_BY_SIDE = 2  # most probes wait; what is timed comes afterwards, alone and by turns
 COST = 6  # the probe that is done by turns
 TURNS = 3
 TITLES = {
@@ -82,15 +84,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 class Runner:
-    """Runs one script at a time; whatever ends this process ends that one, through its standard input."""
+    """Runs scripts; whatever ends this process ends them, through their standard input."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
+        self.processes: list[subprocess.Popen[str]] = []
+        self.stopped = False
 
     def run(
         self, name: str, file: Path, options: argparse.Namespace, numbers: Sequence[int], more: Sequence[str] = ()
     ) -> dict[str, Any]:
         """The record of a system's script; with a reason and no records when it could not run."""
+        print(f"{TITLES[name]} begins", flush=True)
         script = str(HERE / f"on_{name}.py")
         code, errors = self._start(["uv", "sync", "--quiet", "--script", script])
         if code:
@@ -115,8 +119,10 @@ class Runner:
 
     def _start(self, command: Sequence[str]) -> tuple[int, str]:
         """Run a command and show its lines; its exit status and the end of what it complained of."""
+        if self.stopped:
+            return 1, "stopped"
         # A session of its own, so that a Ctrl-C reaches it only through its lifeline.
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -124,27 +130,30 @@ class Runner:
             text=True,
             start_new_session=True,
         )
-        assert self.process.stdout
+        self.processes.append(process)
+        assert process.stdout
         lines = []
-        for line in self.process.stdout:
+        for line in process.stdout:
             lines.append(line)
             print(f"  {line}", end="", flush=True)
-        code = self.process.wait()
-        self.process = None
+        code = process.wait()
+        self.processes.remove(process)
         return code, " ".join(" ".join(lines).split())[-300:]
 
     def stop(self) -> None:
-        """Close the lifeline and wait until the script has cleaned up."""
-        if self.process is None:
-            return
-        assert self.process.stdin
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """Close the lifelines and wait until the scripts have cleaned up."""
+        self.stopped = True
+        left = list(self.processes)
+        for process in left:
+            assert process.stdin
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        for process in left:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def not_run(name: str, reason: str) -> dict[str, Any]:
@@ -232,15 +241,17 @@ def main() -> None:
     try:
         folder = Path(tempfile.mkdtemp(prefix="comparison-"))
         begun = time.monotonic()
-        systems = []
-        for name in [name for name in SYSTEMS if not options.system or name in options.system]:
-            print(f"{TITLES[name]} begins", flush=True)
-            numbers = [number for number in options.probe or probes.PROBES if number != COST]
-            systems.append(runner.run(name, folder / f"{name}.json", options, numbers))
+        numbers = [number for number in options.probe or probes.PROBES if number != COST]
+        names = [name for name in SYSTEMS if not options.system or name in options.system]
+        pool = ThreadPoolExecutor(SIDE_BY_SIDE)  # not a `with`: a signal must not have to wait for it
+        files = {name: folder / f"{name}.json" for name in names}
+        futures = {name: pool.submit(runner.run, name, files[name], options, numbers) for name in names}
+        learnt = pool.submit(runner.lessons, folder / "lessons.json") if len(names) > 1 and not options.probe else None
+        while not all(one.done() for one in futures.values()) or (learnt and not learnt.done()):
+            time.sleep(0.1)
+        systems = [futures[name].result() for name in names]
         loads = by_turns(systems, runner, folder, options) if COST in (options.probe or probes.PROBES) else []
-        whole = {"environment": probes.machine(), "load": loads}
-        if not options.probe and not options.system:
-            whole["lessons"] = runner.lessons(folder / "lessons.json")
+        whole = {"environment": probes.machine(), "load": loads, "lessons": learnt.result() if learnt else {}}
         code = conclude(systems, time.monotonic() - begun, options, whole)
     except probes.Stopped as stopped:
         code = 128 + stopped.number

@@ -50,12 +50,33 @@ ANNOUNCED = {
     r"execution_timeout|cron_schedule|id_reuse_policy|start parameter": "start-params",
     r"WorkflowHistory|HistoryEvent|to_json|from_json|No DBOS was created": "replay",
     r"Schedule": "schedules",
-    r"start_activity|ActivityHandle|execute_activity.*Client": "no-client-activities",
+    r"'ActivityHandle' from|'Client' object has no attribute '(start|execute)_activity'": "no-client-activities",
     r"metric": "no-metrics",
     r"cancellation_details": "activity-cancel-details",
     r"DefaultPayloadConverter|protobuf": "json-conversion",
     r"dynamic": "dynamic-handlers",
 }
+
+
+# A worker that starts and ends: it makes the tables.
+PREPARE = """
+import asyncio, os, sys
+from dbosify import workflow
+from dbosify.worker import Worker
+
+@workflow.defn
+class Nothing:
+    @workflow.run
+    async def run(self) -> None:
+        pass
+
+async def main() -> None:
+    async with Worker(sys.argv[1], task_queue="nothing", workflows=[Nothing]):
+        pass
+
+asyncio.run(main())
+os._exit(0)
+"""
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,8 @@ def ran(python: Path, file: Path, env: Mapping[str, str], guard: probes.Guard) -
     guard.kill(process)
     complaints = [one.strip() for one in log.read_text(encoding="utf-8", errors="replace").splitlines() if one.strip()]
     errors = [one for one in complaints if re.match(r"[\w.]*(Error|Exception|Refused)\b", one)]
-    last = (errors or complaints or [""])[-1]
+    said = errors or complaints[-1:] or [""]
+    last = said[-1] if said[0] == said[-1] else f"{said[0]} - then {said[-1]}"
     return code_of, out.read_text(encoding="utf-8", errors="replace") if out.exists() else "", last
 
 
@@ -196,13 +218,24 @@ def run_copies(folder: Path, guard: probes.Guard, cli: Path, items: Sequence[str
     temporal = base | {"TEMPORAL_ADDRESS": f"127.0.0.1:{frontend}", "XDG_CONFIG_HOME": str(place)}
     secret = (place / "postgres-password").read_text(encoding="utf-8")
 
+    def base_url() -> str:
+        return f"postgresql://{postgres.USER}:{secret}@127.0.0.1:{ports['postgres']}"
+
     def dbosify(item: str) -> dict[str, str]:
         database = f"lesson_{item.lower().replace('-', '_')}"
-        server = f"postgresql://{postgres.USER}:{secret}@127.0.0.1:{ports['postgres']}"
+        server = base_url()
         with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {database}")
+            connection.execute(f"CREATE DATABASE {database} TEMPLATE prepared")
         return base | {"DATABASE": f"{server}/{database}"}
 
+    # As its guide to production says, the tables are there before a client or a worker comes.
+    with psycopg.connect(f"{base_url()}/postgres", autocommit=True) as connection:
+        connection.execute("CREATE DATABASE prepared")
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, f"{base_url()}/prepared"], env=base, check=False, capture_output=True
+    )
+    if done.returncode:
+        raise probes.Inconclusive("the database's tables could not be made")
     found = {item: file for item, file in copies(folder).items() if not items or item in items}
     with ThreadPoolExecutor(2) as pool:
         pairs = [(item, pool.submit(functools.partial(judge, item, file, guard, temporal, dbosify)))

@@ -27,11 +27,10 @@ from crewai.flow.async_feedback import HumanFeedbackPending
 from crewai.flow.flow import Flow, FlowState, listen, start
 from crewai.flow.human_feedback import human_feedback
 from crewai.flow.persistence import SQLiteFlowPersistence, persist
-
-# user code: setup
-from crewai.state.checkpoint_config import CheckpointConfig
+from crewai.state.checkpoint_config import CheckpointConfig  # only: setup, checkpoint
 from probes import PLAN, TIMER, fail_twice, note, work
 
+# user code: setup
 DATABASE = SQLiteFlowPersistence(PLAN.file("flows.db") if "COMPARISON_PLAN" in os.environ else ":memory:")
 
 
@@ -69,6 +68,13 @@ def kickoff(flow: type[Flow[State]], run: str) -> Any:
     return kickoff_from_checkpoint(flow, run)  # harness
 
 
+def kept(flow: Any) -> Any:
+    """The flow with its store, where the mode is @persist."""
+    if PLAN.column == "persist":
+        return persist(DATABASE)(flow)
+    return flow  # harness
+
+
 # end
 
 
@@ -79,13 +85,6 @@ def kickoff_from_checkpoint(flow: type[Flow[State]], run: str) -> Any:
     if checkpoint:
         return flow().kickoff(from_checkpoint=checkpoints(run, restore_from=checkpoint))
     return flow(checkpoint=checkpoints(run)).kickoff(inputs={"id": run, "run": run})
-
-
-def kept(flow: Any) -> Any:
-    """The flow with its store, where the mode is @persist."""
-    if PLAN.column == "persist":
-        return persist(DATABASE)(flow)
-    return flow  # harness
 
 
 # end

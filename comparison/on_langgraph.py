@@ -27,8 +27,8 @@ from typing import Annotated, Any, TypedDict
 import postgres
 import probes
 from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.checkpoint.postgres import PostgresSaver
+from langgraph.checkpoint.base import BaseCheckpointSaver  # harness
+from langgraph.checkpoint.postgres import PostgresSaver  # only: setup, PostgreSQL
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph

@@ -884,13 +884,15 @@ SWITCHES = ("phase", "version", "column")  # what only the probes turn
 def user_code(source: str) -> UserCode:
     """Count what stands between `# user code: NAME` and `# end`, by one rule for all systems.
 
-    A line counts unless it is blank, a comment or a docstring, imports probes, asks the plan for what only the
-    probes turn (phase, version, column), writes to the ledger, or is marked `# harness`: a setting of the test.
+    A line counts unless it is blank, a comment or a docstring, asks the plan for what only the probes turn (phase,
+    version, column), writes to the ledger, or is marked `# harness`: a setting of the test. Imports count as setup
+    wherever they stand, those of Python itself and of the probes not at all; `# only: REGION` names another region.
     A name counts when the code imports it from other than Python itself or the probes, or when it is an attribute
     that neither Python's own types and modules nor the code's own classes have: StateGraph, invoke, defn, recv.
     """
     tree = ast.parse(source)
-    regions, region = {}, ""
+    regions: dict[int, str] = {}
+    region = ""
     for number, raw in enumerate(source.splitlines(), 1):
         line = raw.strip()
         if line.startswith("# user code: "):
@@ -899,6 +901,16 @@ def user_code(source: str) -> UserCode:
             region = ""
         elif region and not line.endswith("# harness"):
             regions[number] = region
+        if "# only: " in line:
+            regions[number] = line.partition("# only: ")[2]
+    texts = source.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                if is_plain(node) or texts[number - 1].endswith("# harness"):
+                    regions.pop(number, None)
+                else:
+                    regions.setdefault(number, "setup")
     written: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
@@ -946,10 +958,6 @@ def harness_lines(tree: ast.Module) -> set[int]:
             first = node.body[0]
             if ast.get_docstring(node, clean=False) is not None:
                 found.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
-            if set(modules) & {"probes", "postgres"}:
-                found.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         elif isinstance(node, ast.If) and asks_a_switch(node.test):
             found.update(range(node.lineno, node.body[0].lineno))
             if node.orelse:
