@@ -181,6 +181,7 @@ def by_turns(
             for record in seen["records"]:
                 turns.setdefault((system["name"], record["column"]), []).append(record)
     for system in systems:
+        system["records"] = [one for one in system["records"] if one["probe"] != COST]
         for column in system["columns"]:
             records = turns.get((system["name"], column), [])
             if records:
@@ -241,7 +242,8 @@ def main() -> None:
     try:
         folder = Path(tempfile.mkdtemp(prefix="comparison-"))
         begun = time.monotonic()
-        numbers = [number for number in options.probe or probes.PROBES if number != COST]
+        # The cost alone needs no other run: what the first turn says of a system is all there is to say.
+        numbers = [number for number in options.probe or probes.PROBES if number != COST] or [COST]
         names = [name for name in SYSTEMS if not options.system or name in options.system]
         pool = ThreadPoolExecutor(SIDE_BY_SIDE)  # not a `with`: a signal must not have to wait for it
         files = {name: folder / f"{name}.json" for name in names}
