@@ -167,7 +167,12 @@ def locked_now(system: Mapping[str, Any]) -> dict[str, str]:
 
 
 def by_turns(
-    systems: Sequence[dict[str, Any]], runner: Runner, folder: Path, options: argparse.Namespace
+    systems: Sequence[dict[str, Any]],
+    runner: Runner,
+    folder: Path,
+    options: argparse.Namespace,
+    begun: float,
+    learnt: Mapping[str, Any],
 ) -> list[float]:
     """Measure the cost of a step of every system in turn, several times over; the machine's load at each."""
     loads = []
@@ -180,6 +185,13 @@ def by_turns(
             seen = runner.run(system["name"], file, options, [COST], ["--repeats", "1"])
             for record in seen["records"]:
                 turns.setdefault((system["name"], record["column"]), []).append(record)
+        put_together(systems, turns)
+        save(systems, begun, options, {"load": loads} | learnt)  # what was seen outlives an interruption
+    return loads
+
+
+def put_together(systems: Sequence[dict[str, Any]], turns: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> None:
+    """Put what the turns measured so far into the systems' records."""
     for system in systems:
         system["records"] = [one for one in system["records"] if one["probe"] != COST]
         for column in system["columns"]:
@@ -188,7 +200,6 @@ def by_turns(
                 system["records"].append(merged(records))
         order = list(system["columns"])
         system["records"].sort(key=lambda one: (order.index(one["column"]), one["probe"]))
-    return loads
 
 
 def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -202,6 +213,29 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**records[0], "facts": facts, "outcome": outcome, "measured": measured, "seconds": seconds}
 
 
+def save(
+    systems: Sequence[dict[str, Any]], begun: float, options: argparse.Namespace, whole: Mapping[str, Any]
+) -> None:
+    """Write the record, with the stars of today's rule."""
+    if not options.json:
+        return
+    for system in systems:
+        system["stars"] = probes.rate_columns(system)
+    record = {
+        "environment": whole.get("environment") or probes.machine(),
+        "load": whole.get("load", []),
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "probes": {str(number): title for number, title in probes.PROBES.items()},
+        "rule": {
+            row: [{"statement": one.text, "reason": one.reason} for one in statements]
+            for row, statements in probes.RULE.items()
+        },
+        "systems": systems,
+        "lessons": whole.get("lessons", {}),
+    }
+    Path(options.json).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def conclude(
     systems: Sequence[dict[str, Any]], seconds: float, options: argparse.Namespace, whole: Mapping[str, Any]
 ) -> int:
@@ -213,19 +247,7 @@ def conclude(
     probes.show_table(systems)
     probes.say(f"\n{seconds / 60:.1f} minutes")
     if options.json:
-        whole = {
-            "environment": whole["environment"],
-            "load": whole.get("load", []),
-            "minutes": round(seconds / 60, 1),
-            "probes": {str(number): title for number, title in probes.PROBES.items()},
-            "rule": {
-                row: [{"statement": one.text, "reason": one.reason} for one in statements]
-                for row, statements in probes.RULE.items()
-            },
-            "systems": systems,
-            "lessons": whole.get("lessons", {}),
-        }
-        Path(options.json).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        save(systems, time.monotonic() - seconds, options, whole)
         probes.say(f"Recorded in {options.json}")
     inconclusive = any(record["status"] == "inconclusive" for system in systems for record in system["records"])
     return int(inconclusive or any("failed" in system for system in systems))
@@ -252,8 +274,11 @@ def main() -> None:
         while not all(one.done() for one in futures.values()) or (learnt and not learnt.done()):
             time.sleep(0.1)
         systems = [futures[name].result() for name in names]
-        loads = by_turns(systems, runner, folder, options) if COST in (options.probe or probes.PROBES) else []
-        whole = {"environment": probes.machine(), "load": loads, "lessons": learnt.result() if learnt else {}}
+        lessons = {"lessons": learnt.result() if learnt else {}}
+        save(systems, begun, options, lessons)
+        cost = COST in (options.probe or probes.PROBES)
+        loads = by_turns(systems, runner, folder, options, begun, lessons) if cost else []
+        whole = {"load": loads} | lessons
         code = conclude(systems, time.monotonic() - begun, options, whole)
     except probes.Stopped as stopped:
         code = 128 + stopped.number
