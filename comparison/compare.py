@@ -186,7 +186,7 @@ def by_turns(
             for record in seen["records"]:
                 turns.setdefault((system["name"], record["column"]), []).append(record)
         put_together(systems, turns)
-        save(systems, begun, options, {"load": loads} | learnt)  # what was seen outlives an interruption
+        save(systems, begun, options, {**learnt, "load": loads})  # what was seen outlives an interruption
     return loads
 
 
