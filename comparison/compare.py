@@ -271,8 +271,13 @@ def main() -> None:
         files = {name: folder / f"{name}.json" for name in names}
         futures = {name: pool.submit(runner.run, name, files[name], options, numbers) for name in names}
         learnt = pool.submit(runner.lessons, folder / "lessons.json") if len(names) > 1 and not options.probe else None
+        done = 0
         while not all(one.done() for one in futures.values()) or (learnt and not learnt.done()):
             time.sleep(0.1)
+            over = [name for name in names if futures[name].done()]
+            if len(over) > done:
+                done = len(over)
+                save([futures[name].result() for name in over], begun, options, {})
         systems = [futures[name].result() for name in names]
         lessons = {"lessons": learnt.result() if learnt else {}}
         save(systems, begun, options, lessons)
