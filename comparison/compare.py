@@ -71,9 +71,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.show:
         try:
             options.show = json.loads(Path(options.show).read_text(encoding="utf-8"))
-            options.show["systems"]
+            old = [one["title"] for one in options.show["systems"] if "reason" not in one and "servers" not in one]
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--show needs the record of a run ({type(error).__name__}: {error})")
+        if old:
+            parser.error(f"--show: {options.show['environment'].get('date', 'that')} is of an older form: run it anew")
     elif options.json is None and not options.probe and not options.system:
         RECORD.parent.mkdir(exist_ok=True)
         options.json = str(RECORD)
