@@ -20,18 +20,19 @@ FOLDER = ROOT / "comparison"
 SYSTEMS = ["temporal", "langgraph", "crewai", "dbos", "restate", "dbosify", "temporal_langgraph", "temporal_crewai"]
 
 
-def load() -> ModuleType:
-    """probes.py, which is no package and stands in another folder."""
-    spec = importlib.util.spec_from_file_location("probes", FOLDER / "probes.py")
+def load(name: str, known_as: str) -> ModuleType:
+    """A module of a folder that is no package. The project's harness has a compare of its own."""
+    spec = importlib.util.spec_from_file_location(known_as, FOLDER / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["probes"] = module
+    sys.modules[known_as] = module
     spec.loader.exec_module(module)
     return module
 
 
-probes = load()
+probes = load("probes", "probes")
+compare = load("compare", "comparison_compare")
 
 
 def facts(**changes: Any) -> dict[int, dict[str, Any]]:
@@ -277,6 +278,29 @@ def test_the_cost_of_several_turns_is_one_figure() -> None:
     assert (facts["parallel"]["min"], facts["parallel"]["max"], facts["parallel"]["cpu_ms"]) == (1, 3, 1)
     failed = {"sequential": {"error": "no"}, "parallel": turn(1)["parallel"]}
     assert probes.merged([turn(3), failed])["sequential"] == {"error": "no"}
+
+
+def test_every_system_is_measured_in_each_turn_and_what_was_seen_is_kept(tmp_path: Path) -> None:
+    order = []
+
+    class Runner:
+        def run(self, name: str, *_: Any) -> dict[str, Any]:
+            order.append(name)
+            seen = {shape: probes.summed_up([float(len(order))], [1.0]) for shape in ("sequential", "parallel")}
+            outcome, measured = probes.words(6, seen)
+            row = {"system": name, "column": "only", "probe": 6, "seconds": 1.0, "facts": seen, "status": "seen"}
+            return {"records": [row | {"outcome": outcome, "measured": measured}]}
+
+    systems = [{"name": name, "title": name, "columns": ["only"], "servers": {}, "records": []} for name in "ab"]
+    options = compare.parse(["--json", str(tmp_path / "seen.json"), "--probe", "6"])
+    loads = compare.by_turns(systems, Runner(), tmp_path, options, time.monotonic(), {"lessons": {}})
+    assert order == ["a", "b"] * compare.TURNS
+    assert len(loads) == len(order)
+    record = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert record["load"] == loads
+    for system, expected in zip(record["systems"], ([1, 3, 5], [2, 4, 6]), strict=True):
+        (row,) = system["records"]
+        assert row["facts"]["sequential"]["all"] == expected
 
 
 def test_a_peer_that_is_newer_than_the_record_is_said() -> None:
