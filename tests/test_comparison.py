@@ -17,21 +17,22 @@ import pytest
 from helpers import ROOT, environment
 
 FOLDER = ROOT / "comparison"
-SYSTEMS = ["temporal", "langgraph", "crewai", "dbos", "restate", "temporal_langgraph", "temporal_crewai"]
+SYSTEMS = ["temporal", "langgraph", "crewai", "dbos", "restate", "dbosify", "temporal_langgraph", "temporal_crewai"]
 
 
-def load() -> ModuleType:
-    """probes.py, which is no package and stands in another folder."""
-    spec = importlib.util.spec_from_file_location("probes", FOLDER / "probes.py")
+def load(name: str, known_as: str) -> ModuleType:
+    """A module of a folder that is no package. The project's harness has a compare of its own."""
+    spec = importlib.util.spec_from_file_location(known_as, FOLDER / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["probes"] = module
+    sys.modules[known_as] = module
     spec.loader.exec_module(module)
     return module
 
 
-probes = load()
+probes = load("probes", "probes")
+compare = load("compare", "comparison_compare")
 
 
 def facts(**changes: Any) -> dict[int, dict[str, Any]]:
@@ -45,9 +46,9 @@ def facts(**changes: Any) -> dict[int, dict[str, Any]]:
         4: {"error": "", "ran": [], "recorded": list(probes.FIVE), "noticed": "diverges", "ran_swapped": []},
         5: {one: dict(change) for one in probes.CHANGES} | {"remedy": {"works": True, "after": [], "error": ""}},
         6: {shape: {"ms": 2, "min": 1, "max": 3, "cpu_ms": 1} for shape in ("sequential", "parallel")},
-        7: good | {"late": 0.1},
+        7: good | {"late": 0.1, "after_restart": 2.1},
         8: {"finished": True, "attempts": 3, "gaps": [0.2, 0.4], "native": True, "error": ""},
-        9: {"finished": 20, "lost": 0, "twice": 0, "unreported": 2, "kills": 3, "by_itself": True}
+        9: {"finished": 20, "lost": 0, "twice": 0, "unreported": 2, "nameless": 0, "kills": 3, "by_itself": True}
         | {"seconds": 9.0, "error": ""},
         10: {
             "packages_mb": 20.0,
@@ -55,9 +56,12 @@ def facts(**changes: Any) -> dict[int, dict[str, Any]]:
             "import": 0.5,
             "import_min": 0.4,
             "import_max": 0.6,
+            "import_cpu": 0.3,
             "lines": {"setup": 10, "five": 12, "human": 20},
-            "names": 5,
+            "names": ["invoke"],
             "server": False,
+            "column": "only",
+            "elsewhere": "",
             "llm": dict.fromkeys(("agent loop", "model client", "tool calling", "agent framework integration"), True),
         },
     }
@@ -93,7 +97,8 @@ def test_a_faultless_system_has_five_stars_everywhere() -> None:
         ({"p1": {"finished": False, "by_itself": False}}, "durability", 3),
         ({"p9": {"twice": 1}}, "durability", 4),
         ({"p9": {"lost": 1}}, "durability", 4),
-        ({"p7": {"late": 3.4}}, "durability", 4),
+        ({"p7": {"late": 3.4, "after_restart": 5.4}}, "durability", 4),
+        ({"p7": {"late": 3.4, "after_restart": 4.9}}, "durability", 5),
         ({"p3": {"finished": False}}, "HITL", 1),
         ({"p3": {"by_itself": False}}, "HITL", 4),
         ({"p3": {"again": ["draft"]}}, "HITL", 4),
@@ -105,13 +110,38 @@ def test_a_faultless_system_has_five_stars_everywhere() -> None:
         ({"p5": {"renamed next": {"outcome": "step lost silently", "heals": None}}}, "versioning", 3),
         ({"p5": {"remedy": {"works": False}}}, "versioning", 4),
         ({"p10": {"server": True}}, "learning curve", 4),
-        ({"p10": {"server_mb": 200.0}}, "learning curve", 4),
+        ({"p10": {"packages_mb": 251.0}}, "learning curve", 4),
+        ({"p10": {"server_mb": 251.0}}, "learning curve", 5),
+        ({"p10": {"elsewhere": "npm"}}, "learning curve", 4),
+        ({"p10": {"lines": {"five": 15}}}, "learning curve", 4),
+        ({"p10": {"lines": {"setup, only": 3}}}, "learning curve", 4),
+        ({"p10": {"lines": {"setup, other": 30}}}, "learning curve", 5),
+        ({"p10": {"lines": {"human": 25}}}, "HITL", 4),
+        ({"p10": {"llm": {"agent loop": False}}}, "LLM-native", 4),
     ],
 )
 def test_each_statement_costs_a_star(change: dict[str, Any], row: str, expected: int) -> None:
     seen = stars(facts(**change))
     assert seen[row] == expected
     assert all(count == 5 for other, count in seen.items() if other != row)
+
+
+def test_every_bound_says_its_reason() -> None:
+    statements = [one for row in probes.RULE.values() for one in row]
+    assert len(statements) == 4 * len(probes.RULE)
+    for one in statements:
+        has_a_number = any(word.isdigit() for word in one.text.split() if word != "20")
+        assert one.reason != probes.BY_NATURE or not has_a_number, one.text
+
+
+def test_a_column_is_rated_with_its_own_server() -> None:
+    made = [one for one in records(facts()) if one["probe"] != 10]
+    other = [one | {"column": "database"} for one in made]
+    size = [one for one in records(facts()) if one["probe"] == 10]
+    system = {"columns": ["only", "database"], "servers": {"database": True}, "records": [*made, *other, *size]}
+    rated = probes.rate_columns(system)
+    assert rated["only"]["learning curve"]["stars"] == 5
+    assert rated["database"]["learning curve"]["stars"] == 4
 
 
 def test_what_was_not_seen_earns_nothing_and_shows() -> None:
@@ -149,7 +179,9 @@ def test_chaos_tells_what_was_lost_and_done_twice() -> None:
         return probes.Line(0.0, run, step, event)
 
     whole = [line(step, event, f"run-{run}") for run in range(20) for step in probes.FIVE for event in ("begin", "end")]
-    assert probes.count_chaos(whole) == {"finished": 20, "lost": 0, "twice": 0, "unreported": 0}
+    assert probes.count_chaos(whole) == {"finished": 20, "lost": 0, "twice": 0, "unreported": 0, "nameless": 0}
+    assert probes.count_chaos([*whole[:-2], line("s5", "begin", ""), line("s5", "end", "")])["lost"] == 1
+    assert probes.count_chaos([*whole, line("s1", "begin", "")])["nameless"] == 1
     assert probes.count_chaos(whole[:-2])["lost"] == 1
     # Step 1 again although step 2 had begun: the system had known that it ended.
     known = [line("s1", "begin"), line("s1", "end"), line("s2", "begin"), line("s1", "begin"), line("s1", "end")]
@@ -191,11 +223,154 @@ def test_the_table_reads_on_100_columns(capsys: pytest.CaptureFixture[str]) -> N
     assert all(len(row) <= 100 for row in out.splitlines())
 
 
-def test_user_code_counts_what_stands_between_the_marks() -> None:
-    setup = ["# user code: setup", "import a", "", "# why", "from b import c, d", "# end"]
-    five = ["# user code: five", "def f():", "    pass"]
-    source = "\n".join(["import x", *setup, "y = 1", *five])
-    assert probes.user_code(source) == ({"setup": 2, "five": 2}, 3)
+SOURCE = """
+import os
+import probes
+from other import thing, unused
+from product import (
+    Flow,
+    start,
+)
+from apart import Apart  # only: setup, other
+
+x = 1
+
+# user code: setup
+def make(run):
+    \"\"\"Says what it is.\"\"\"
+    # why
+    flow = Flow(
+        tuning=1,  # harness
+    )
+    return flow.begin(os.path.join(run, "a").upper())
+
+
+# end
+# user code: five
+class Own:
+    def __init__(self):
+        self.text = ""
+
+    def run(self):
+        if PLAN.phase == "start":
+            start(self.text)
+            note("a", "b", "c")
+        else:
+            self.run()
+        if PLAN.steps:
+            pass
+"""
+
+
+def test_user_code_is_counted_by_one_rule() -> None:
+    code = probes.user_code(SOURCE)
+    # The imports of others stand as setup wherever they are: 1 + 4, and make() has 4 without its setting.
+    assert code.lines == {"setup": 5 + 4, "setup, other": 1, "five": 4 + 2 + 2}
+    assert code.names == {"Flow", "start", "begin"}
+
+
+def test_the_cost_of_several_turns_is_one_figure() -> None:
+    def turn(ms: float) -> dict[str, Any]:
+        return {shape: probes.summed_up([ms], [ms / 2]) for shape in ("sequential", "parallel")}
+
+    facts = probes.merged([turn(3), turn(1), turn(2)])
+    assert facts["sequential"]["ms"] == 2
+    assert (facts["parallel"]["min"], facts["parallel"]["max"], facts["parallel"]["cpu_ms"]) == (1, 3, 1)
+    failed = {"sequential": {"error": "no"}, "parallel": turn(1)["parallel"]}
+    assert probes.merged([turn(3), failed])["sequential"] == {"error": "no"}
+
+
+def test_every_system_is_measured_in_each_turn_and_what_was_seen_is_kept(tmp_path: Path) -> None:
+    order = []
+
+    class Runner:
+        def run(self, name: str, *_: Any) -> dict[str, Any]:
+            order.append(name)
+            seen = {shape: probes.summed_up([float(len(order))], [1.0]) for shape in ("sequential", "parallel")}
+            outcome, measured = probes.words(6, seen)
+            row = {"system": name, "column": "only", "probe": 6, "seconds": 1.0, "facts": seen, "status": "seen"}
+            return {"records": [row | {"outcome": outcome, "measured": measured}]}
+
+    systems = [{"name": name, "title": name, "columns": ["only"], "servers": {}, "records": []} for name in "ab"]
+    options = compare.parse(["--json", str(tmp_path / "seen.json"), "--probe", "6"])
+    loads = compare.by_turns(systems, Runner(), tmp_path, options, time.monotonic(), {"lessons": {}})
+    assert order == ["a", "b"] * compare.TURNS
+    assert len(loads) == len(order)
+    record = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert record["load"] == loads
+    for system, expected in zip(record["systems"], ([1, 3, 5], [2, 4, 6]), strict=True):
+        (row,) = system["records"]
+        assert row["facts"]["sequential"]["all"] == expected
+
+
+def test_a_peer_that_is_newer_than_the_record_is_said() -> None:
+    record = {"versions": {"dbos": "3.4.0", "other": "1.0"}}
+    assert probes.newer_than(record, {"dbos": "3.4.0", "other": "1.0"}) == []
+    assert probes.newer_than(record, {"dbos": "3.10.1"}) == ["dbos 3.10.1 (recorded: 3.4.0)"]
+    assert probes.newer_than(record, {"dbos": "3.3.9"}) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("json:loads", ""),
+        ("collections.abc:Mapping", "is abstract"),
+        ("json:nothing", "cannot be imported"),
+        ("no_such_module:thing", "cannot be imported"),
+        ("", "there is none"),
+    ],
+)
+def test_only_what_can_be_used_counts_as_there(place: str, why: str) -> None:
+    assert probes.usable(place) == why
+
+
+def test_the_locks_say_when_each_peer_was_released() -> None:
+    for name in SYSTEMS:
+        found = probes.locked(FOLDER / f"on_{name}.py")
+        assert found
+        assert all(len(day) == 10 for _, day in found.values() if day), name
+
+
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if (FOLDER / f"{path.name}.lock").exists())
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_types(name: str) -> None:
+    """Each script, with the modules it imports, passes the strict type checker against its own packages."""
+    script = install(name)
+    found = uv("python", "find", "--script", script)
+    command = ["run", "--no-sync", "mypy", "--strict", "--python-executable", found.stdout.strip(), script]
+    done = uv(*command, seconds=300)
+    assert done.returncode == 0, done.stdout
+
+
+def recorded() -> dict[str, Any]:
+    """The recorded run. One of an older form is no failure of the code, and is not passed over in silence either."""
+    file = ROOT / "results" / "comparison.json"
+    if not file.exists():
+        pytest.skip("there is no recorded run yet")
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if "load" not in record:
+        pytest.xfail("results/comparison.json is of an older form: uv run comparison/compare.py records it anew")
+    return record
+
+
+def test_the_record_is_of_what_is_locked() -> None:
+    record = recorded()
+    for system in record["systems"]:
+        now = {name: version for name, (version, _) in probes.locked(FOLDER / f"on_{system['name']}.py").items()}
+        assert probes.newer_than(system, now) == []
+        assert all(len(day) == 10 for day in system.get("released", {}).values()), system["name"]
+
+
+def test_the_lessons_on_dbosify_are_recorded() -> None:
+    lessons = recorded()["lessons"]
+    counted = sum(lessons["counts"].values())
+    assert lessons["unchanged"] == f"{lessons['counts']['unchanged']} of {counted}"
+    assert counted == len(lessons["lessons"])
+    for one in lessons["lessons"]:
+        assert bool(one["said"]) == (one["outcome"] != "unchanged")
 
 
 def test_the_ledger_survives_a_kill_and_children_do_not(tmp_path: Path) -> None:
@@ -306,9 +481,9 @@ def test_an_interrupted_run_leaves_no_process(number: signal.Signals, tmp_path: 
 def test_a_recorded_run_is_shown_again(tmp_path: Path) -> None:
     made = records(facts())
     system = {"name": "one", "title": "One", "columns": ["only"], "records": made, "stars": {}, "focus": "a focus"}
-    system |= {"store": "a file", "versions": {"one": "1.0"}, "licences": {"one": "MIT"}}
+    system |= {"store": "a file", "servers": {}, "versions": {"one": "1.0"}, "licences": {"one": "MIT"}}
     file = tmp_path / "record.json"
-    file.write_text(json.dumps({"minutes": 1.0, "systems": [system]}), encoding="utf-8")
+    file.write_text(json.dumps({"minutes": 1.0, "environment": {}, "systems": [system]}), encoding="utf-8")
     done = uv("run", "--quiet", "--script", install("compare"), "--show", str(file))
     assert done.returncode == 0, done.stderr
     assert "One: resumes by itself" in done.stdout
@@ -317,10 +492,7 @@ def test_a_recorded_run_is_shown_again(tmp_path: Path) -> None:
 
 
 def test_the_recorded_run_is_complete() -> None:
-    recorded = ROOT / "results" / "comparison.json"
-    if not recorded.exists():
-        pytest.skip("there is no recorded run yet")
-    record = json.loads(recorded.read_text(encoding="utf-8"))
+    record = recorded()
     assert [system["name"] for system in record["systems"]] == SYSTEMS
     assert {"python", "os", "cpus", "date"} <= set(record["environment"])
     for system in record["systems"]:
@@ -337,5 +509,4 @@ def test_the_recorded_run_is_complete() -> None:
             if one["status"] == "seen":
                 assert probes.words(one["probe"], one["facts"]) == (one["outcome"], one["measured"])
         for column, rows in system["stars"].items():
-            mine = [one for one in system["records"] if one["column"] == column or one["probe"] == 10]
-            assert json.loads(json.dumps(probes.rate(mine))) == rows
+            assert json.loads(json.dumps(probes.rate_columns(system)[column])) == rows
