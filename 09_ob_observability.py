@@ -469,7 +469,10 @@ async def failure_is_shown(lab: Lab, client: Client, ui: WebUI) -> Evidence:
         attempts=equal(by_type["EVENT_TYPE_ACTIVITY_TASK_STARTED"]["activityTaskStartedEventAttributes"]["attempt"], 3),
         calls=equal(len(lab.calls(handle.id)), 3),
         message=equal(failure["message"], "none is no card"),
-        stack=contains(failure["stackTrace"], f'{Path(__file__).name}", line {line}, in charge_card'),
+        its_stack_names=equal(
+            re.findall(rf'{Path(__file__).name}", (line \d+, in .+)', failure["stackTrace"]),
+            [f"line {line}, in charge_card"],
+        ),
     )
 
 
@@ -506,11 +509,8 @@ async def codec_decodes(lab: Lab, server: Server, ui: WebUI, codec: Codec) -> li
     preflight = await http(f"{settings['Endpoint']}/decode", "OPTIONS", headers={"Origin": ui.url})
     decoded = await codec.decode(payloads, codec.token, settings["Endpoint"])
     opened = json_format.Parse(decoded.text, Payloads()).payloads if decoded.status == 200 else []
-    flags = ("--codec-endpoint", codec.url, "--codec-auth")
-    shown = [
-        await lab.cli("workflow", "result", "-w", queue, *flags, f"Bearer {token}", server=server)
-        for token in (codec.token, "guessed")
-    ]
+    flags = ("--codec-endpoint", codec.url, "--codec-auth", f"Bearer {codec.token}")
+    shown = await lab.cli("workflow", "result", "-w", queue, *flags, server=server)
     with serving(codec_server(0, AESGCM.generate_key(256), codec.token, ui.url)) as another:
         other = await codec.decode(payloads, codec.token, another)
     plain = [word for word in ("diary", "4242", "charged") if word in stored]
@@ -523,13 +523,12 @@ async def codec_decodes(lab: Lab, server: Server, ui: WebUI, codec: Codec) -> li
             origins_allowed=equal([one.headers.get("Access-Control-Allow-Origin") for one in (preflight, decoded)],
                                   [ui.url, ui.url]),
             decoded=equal([json.loads(payload.data) for payload in opened], [result]),
-            by_the_command_line=contains(shown[0].out, "charged for a secret diary"),
+            by_the_command_line=contains(shown.out, "charged for a secret diary"),
         ),
         holds(
             "the codec server decrypts for nobody who does not have the token",
             without=equal((await codec.decode(payloads, None)).status, 401),
             with_a_wrong_one=equal((await codec.decode(payloads, "guessed")).status, 401),
-            the_command_line_with_a_wrong_one=lacks(shown[1].out, "diary"),
         ),
         control(
             "with another key the same codec server reads nothing",
@@ -601,19 +600,21 @@ async def in_a_browser(ui: WebUI, well: WorkflowHandle[Any, Any], failed: Workfl
 
         async def complete() -> bool:
             nonlocal said
-            said = await page.locator("body").inner_text()
+            said = (await page.locator("body").inner_text()).lower()  # as styled: some of it is in capitals
             return all(word in said for word in words)
 
         with contextlib.suppress(TimeoutError):
             await until(complete, f"the page says {words}", 20)
         return said
 
-    listed = [well.id, failed.id, "Completed", "Failed"]
-    happened = ["Workflow Execution Started", "Activity Task Completed", "Workflow Execution Completed"]
-    why = ["Workflow Execution Failed", "none is no card"]
+    listed = [well.id.lower(), failed.id.lower(), "completed", "failed"]
+    happened = ["workflow execution started", "activity task completed", "workflow execution completed"]
+    why = ["workflow execution failed", "none is no card"]
+    elsewhere = []
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = await browser.new_page(viewport={"width": 1400, "height": 1200}, locale="en-US")
+        page.on("request", lambda asked: elsewhere.append(asked.url) if not asked.url.startswith(ui.url) else None)
         texts = [
             await read(page, "", *listed),
             await read(page, f"/{well.id}/{well.first_execution_run_id}/history", *happened),
@@ -627,6 +628,7 @@ async def in_a_browser(ui: WebUI, well: WorkflowHandle[Any, Any], failed: Workfl
     return holds(
         IN_A_BROWSER,
         Chromium=version,
+        asked_of_other_hosts=equal(elsewhere, []),
         missing_in_the_list=equal(missing[0], []),
         in_the_history=equal(missing[1], []),
         in_that_of_the_failed_one=equal(missing[2], []),
@@ -1044,13 +1046,13 @@ async def timeouts_beside(market: Market, call: Callable[..., Any]) -> tuple[dic
     timeouts = {
         f"{labels['activityType']} {labels['timeout_type']}": value
         for metric, labels, value in seen.samples
-        if metric == TIMEOUTS and told.items() <= labels.items()
+        if metric == TIMEOUTS and value and told.items() <= labels.items()
     }
     return timeouts, of_worker.found("temporal_activity_execution_failed"), how.status
 
 
 async def given_up(market: Market, labels: Mapping[str, str]) -> bool:
-    return bool((await scrape(market.server_port, TIMEOUTS)).found(TIMEOUTS, **labels))
+    return any((await scrape(market.server_port, TIMEOUTS)).found(TIMEOUTS, **labels))
 
 
 async def neighbours(market: Market) -> list[Evidence]:
@@ -1064,7 +1066,7 @@ async def neighbours(market: Market) -> list[Evidence]:
             "activity, and why it was given up; the worker's own do not",
             by_the_server=equal(list(timeouts), ["count_stock Heartbeat"]),
             times=at_least(sum(timeouts.values()), 1),
-            failures_by_the_worker=equal(failures, []),
+            failures_by_the_worker=equal(sum(failures), 0),
             ended=equal(how, "COMPLETED"),
         ),
         control(
@@ -1932,9 +1934,9 @@ async def killed_worker(lab: Lab) -> list[Evidence]:
             **tree_facts(trial.spans),
             workflow_code_run=at_least(notes(trial.file("entered")).count(trial.queue), 3),
             the_model_was_asked=equal(len(notes(trial.file("model"))), 2),
-            # Workflow code has the time of its task: so the span reaches from before the kill to the end.
-            span_from_first_to_last_workflow_task=equal(lasted == [(tasks[0], tasks[-1])], True),
-            seconds=[(end - begin) / 1e9 for begin, end in lasted],
+            # Workflow code has the time of its task, also in a replay: so it begins before the kill, to the nanosecond.
+            the_workflows_span_begins_with_its_first_task=equal([begin - tasks[0] for begin, _ in lasted], [0]),
+            and_lasts=[figure((end - begin) / 1e9, "s") for begin, end in lasted],
         ),
         limit(
             "a workflow's spans appear only when they end: a trace of a running workflow has no root in the middle",
@@ -2554,7 +2556,7 @@ class Stumble:
 
 def with_log(path: str) -> dict[str, Any]:
     """How a worker process connects whose logs are kept in a file, which it leaves open as long as it lives."""
-    return {"runtime": log_json(open(path, "a", encoding="utf-8"))}  # noqa: SIM115
+    return {"runtime": log_json(open(path, "a", encoding="utf-8"))}
 
 
 def logging_worker(lab: Lab, queue: str, stream: str) -> contextlib.AbstractAsyncContextManager[Child]:
