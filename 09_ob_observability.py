@@ -463,16 +463,13 @@ async def failure_is_shown(lab: Lab, client: Client, ui: WebUI) -> Evidence:
     await until(lambda: ui.shows(handle.id, "FAILED"), "the UI lists the run as failed")
     by_type = {event["eventType"]: event for event in await ui.events(handle.id)}
     failure = by_type["EVENT_TYPE_ACTIVITY_TASK_FAILED"]["activityTaskFailedEventAttributes"]["failure"]
-    line = line_of(charge_card, "raise ApplicationError")
+    threw = f"line {line_of(charge_card, 'raise ApplicationError')}, in charge_card"
     return holds(
         "a failed run is listed as failed, with the message, the line that threw, and the number of attempts",
         attempts=equal(by_type["EVENT_TYPE_ACTIVITY_TASK_STARTED"]["activityTaskStartedEventAttributes"]["attempt"], 3),
         calls=equal(len(lab.calls(handle.id)), 3),
         message=equal(failure["message"], "none is no card"),
-        its_stack_names=equal(
-            re.findall(rf'{Path(__file__).name}", (line \d+, in .+)', failure["stackTrace"]),
-            [f"line {line}, in charge_card"],
-        ),
+        its_stack_names=equal(re.findall(rf'{Path(__file__).name}", (line .+)', failure["stackTrace"]), [threw]),
     )
 
 
@@ -509,7 +506,7 @@ async def codec_decodes(lab: Lab, server: Server, ui: WebUI, codec: Codec) -> li
     preflight = await http(f"{settings['Endpoint']}/decode", "OPTIONS", headers={"Origin": ui.url})
     decoded = await codec.decode(payloads, codec.token, settings["Endpoint"])
     opened = json_format.Parse(decoded.text, Payloads()).payloads if decoded.status == 200 else []
-    flags = ("--codec-endpoint", codec.url, "--codec-auth", f"Bearer {codec.token}")
+    flags = ("--codec-endpoint", codec.url, "--codec-auth", f"Bearer {codec.token}", "--command-timeout", "20s")
     shown = await lab.cli("workflow", "result", "-w", queue, *flags, server=server)
     with serving(codec_server(0, AESGCM.generate_key(256), codec.token, ui.url)) as another:
         other = await codec.decode(payloads, codec.token, another)
@@ -2632,7 +2629,9 @@ async def logs_of_code(lab: Lab) -> list[Evidence]:
             lines_of_these_not_there_once=equal(
                 [line for line in expected if line[0] in steady and once[line] != 1], []
             ),
-            lines_of_activities_more_or_less_than_calls=equal((greeted - calls) + (calls - greeted), Counter()),
+            a_line_for_each_call_of_an_activity=equal(
+                sorted(map(str, greeted.elements())) == sorted(map(str, calls.elements())), True
+            ),
         ),
         holds(
             "the SDK logs a failed attempt by itself, with its ids, and its stack stays in the same line",
