@@ -101,8 +101,8 @@ FALLS = [
     Fall("OB-05", "away = Path(self.away).exists()", "away = Path(self.away).exists() or activity.info().attempt == 1",
          None, ["a healthy run"]),
     # The missing worker asks for tasks; or the living one does not.
-    Fall("OB-05", "and_the_missing_one=at_most(figure(await plant.last_polled(1)",
-         "and_the_missing_one=at_most(figure(await plant.last_polled(0)", 2, ["a missing worker"]),
+    Fall("OB-05", "now = [await plant.last_polled(number) for number in (0, 1)]",
+         "now = [await plant.last_polled(number) for number in (0, 0)]", 2, ["a missing worker"]),
     # Nothing is repaired.
     Fall("OB-05", "        os.unlink(plant.away)\n", "", None),
     # One of two limits is gone: the other one is still there.
