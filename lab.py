@@ -250,7 +250,7 @@ class Lab:
         server: Server | None = None,
         task_queue: str | None = None,
         fresh: bool = False,
-        connect_options: Mapping[str, Any] | None = None,
+        connect_options: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         faults: Sequence[Fault] = (),
         shortened: Mapping[str, Mapping[str, Any]] | None = None,
         watched: bool = True,

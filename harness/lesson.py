@@ -223,12 +223,23 @@ def _sorted(imports: Sequence[str]) -> str:
 
 def _metadata(imports: Sequence[str]) -> str:
     """What `uv run` reads to install what a file needs (PEP 723)."""
-    found = importlib.metadata.packages_distributions()
-    modules = {_module(line) for line in imports} - set(sys.stdlib_module_names)
-    needed = sorted({found[module][0] for module in modules})
+    needed = sorted({_distribution(line) for line in imports if _module(line) not in sys.stdlib_module_names})
     versions = {one: ".".join(importlib.metadata.version(one).split(".")[:2]) for one in needed}
     named = "".join(f'#   "{one}>={versions[one]}",\n' for one in needed)
     return f'# /// script\n# requires-python = ">=3.11"\n# dependencies = [\n{named}# ]\n# ///\n'
+
+
+def _distribution(line: str) -> str:
+    """The package that an import comes from; several may share the first part of its name."""
+    candidates = importlib.metadata.packages_distributions()[_module(line)]
+    module, _, name = line.removeprefix("from ").removeprefix("import ").partition(" import ")
+    path = module.partition(" as ")[0].replace(".", "/")
+    files = [f"{one}{end}" for one in (f"{path}/{name}", path) for end in (".py", "/__init__.py")]
+    for file in files if len(candidates) > 1 else []:
+        for one in candidates:
+            if file in {str(path) for path in importlib.metadata.files(one) or ()}:
+                return one
+    return candidates[0]
 
 
 def _docstring(lesson: Lesson) -> str:

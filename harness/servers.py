@@ -205,10 +205,15 @@ class Server:
             return False
         return True
 
+    def _quiet_ui(self) -> list[str]:
+        """The flag that keeps the UI from asking for news elsewhere, where this version of the command has it."""
+        flag = "--ui-disable-news-fetch"
+        said = subprocess.run([self._cli, "server", "start-dev", "--help"], capture_output=True, text=True, check=False)
+        return [flag] if flag in said.stdout else []
+
     def _command(self) -> list[str]:
         command = [self._cli, "server", "start-dev", "--ip", "127.0.0.1", "--port", str(self._port)]
-        ui = ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), "--ui-disable-news-fetch"]
-        command += ui
+        command += ["--headless"] if self._ui_port is None else ["--ui-port", str(self._ui_port), *self._quiet_ui()]
         command += ["--db-filename", str(self.file)] if self.file else []
         command += ["--namespace", self._namespace] if self._namespace != "default" else []
         for key, value in self._settings.items():

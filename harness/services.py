@@ -874,7 +874,7 @@ class WebUI(Process):
         root = self.place.folder / self.name
         (root / "config").mkdir(parents=True, exist_ok=True)
         settings = {"temporalGrpcAddress": self._frontend(), "host": "127.0.0.1", "port": self.port}
-        settings |= {"enableUi": True, "disableVersionCheck": True, "hideNewsFeed": True}
+        settings |= {"enableUi": True, "disableVersionCheck": True, "disableNewsFetch": True}
         (root / "config" / "development.yaml").write_text(json.dumps(settings), encoding="utf-8")
         assert self.place.programs.ui
         return [self.place.programs.ui, "--root", root, "--config", "config", "--env", "development", "start"]

@@ -72,13 +72,21 @@ def keep_bytecode(folder: Path) -> None:
 
 
 async def serve(
-    target: Target, connect_options: Mapping[str, Any], task_queue: str, parts: Mapping[str, Any], leaving: str = ""
+    target: Target,
+    connect_options: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    task_queue: str,
+    parts: Mapping[str, Any],
+    leaving: str = "",
 ) -> None:
-    """The life of a worker process: poll until killed, or where there is a file `leaving`, until SIGTERM."""
+    """The life of a worker process: poll until killed, or where there is a file `leaving`, until SIGTERM.
+
+    `connect_options` may be called for: a runtime, for one, cannot be handed to a process.
+    """
     told = asyncio.Event()
     if leaving:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
-    client = await connect(target, **connect_options)
+    options = connect_options() if callable(connect_options) else connect_options
+    client = await connect(target, **options)
     async with make_worker(client, task_queue, **parts):
         await told.wait()
         Path(leaving).touch()

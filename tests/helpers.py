@@ -184,11 +184,12 @@ def name_of_run(falls: Sequence[Fall]) -> str:
     return ",".join(fall.item for fall in falls)
 
 
-def check_falls(script: Path, tmp_path: Path, falls: Sequence[Fall]) -> None:
+def check_falls(script: Path, tmp_path: Path, falls: Sequence[Fall], env: Mapping[str, str] | None = None) -> None:
     """Run the script with the changes of all these falls, and look for what each must cost."""
     changes = [(fall.old, fall.new) for fall in falls if not fall.shared]
     shared = [(fall.old, fall.new) for fall in falls if fall.shared]
-    verdicts = evaluate(changed(script, tmp_path, *changes, shared=shared), tmp_path, *(fall.item for fall in falls))
+    script = changed(script, tmp_path, *changes, shared=shared)
+    verdicts = evaluate(script, tmp_path, *(fall.item for fall in falls), env=env)
     for fall in falls:
         said = f"{fall.item}, {fall.old!r} -> {fall.new!r}: {verdicts.out}{verdicts.err}"
         assert verdicts.stars(fall.item) == fall.stars, said
