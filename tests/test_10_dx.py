@@ -89,8 +89,8 @@ FALLS = [
     Fall("DX-06", "for what in reversed(booked):\n                await",
          "for what in booked[:1]:\n                await", 1, ["do the same", "after the kill of its worker"]),
     # The step that was cut off is not tried again.
-    Fall("DX-06", "Booking.book, what, start_to_close_timeout=limit)",
-         "Booking.book, what, start_to_close_timeout=limit, retry_policy=RetryPolicy(maximum_attempts=1))", 3,
+    Fall("DX-06", "Booking.book, what, start_to_close_timeout=patience)",
+         "Booking.book, what, start_to_close_timeout=patience, retry_policy=RetryPolicy(maximum_attempts=1))", 3,
          ["after the kill of its worker"]),
     # The plain program is not started again.
     Fall("DX-06", "        await plain.wait(60 * slowness())", "        await plain.kill()", None, ["begins anew"]),
@@ -105,7 +105,7 @@ FALLS = [
     Fall("DX-07", "text[: len(text) // 2]", "text", 3, ["as people download them"]),
     # The lesson does not look for payloads that were decoded, or for the order of events.
     Fall("DX-07", "if decoded(events):", "if not events:", 3, ["as people download them"]),
-    Fall("DX-07", "if ids == [*range(len(ids), 1, -1), 1] and len(ids) > 1:", "if not text:", 3,
+    Fall("DX-07", "if ids[-1] == 1 < ids[0]:", "if not text:", 3,
          ["as people download them"]),
     # The control replays the change.
     Fall("DX-07", "make_replayer(Shipping), text) for name, text in exports",
