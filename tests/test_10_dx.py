@@ -93,7 +93,8 @@ FALLS = [
          "Booking.book, what, start_to_close_timeout=patience, retry_policy=RetryPolicy(maximum_attempts=1))", 3,
          ["after the kill of its worker"]),
     # The plain program is not started again.
-    Fall("DX-06", "        await plain.wait(60 * slowness())", "        await plain.kill()", None, ["begins anew"]),
+    Fall("DX-06", "    open_gate(lost.gate)\n    async with lab.process(book_in_a_process, lost) as plain:\n"
+         "        await plain.wait(60 * slowness())\n", "", None, ["begins anew"]),
     # No message speaks of determinism: nothing else caps it at three.
     Fall("DX-06", r'r"(?i)\w*determinis\w*"', r'r"no such word"', 4, ["determinism must be understood"]),
     # DBOS takes as many lines.
@@ -120,8 +121,8 @@ if PREPARED:
         Fall("DX-02", "crate.pieces * 3, by: 'node'", "crate.pieces * 2, by: 'node'", 3,
              ["TypeScript and Python work"]),
         # What only Python reads is not sent abroad.
-        Fall("DX-02", "lab.worker([AskOnce], client=pickled", "lab.worker([AskOnce], client=server.client", 3,
-             ["fails clearly in a TypeScript"]),
+        Fall("DX-02", "pickled = await connect(server.target, data_converter=PICKLED)",
+             "pickled = await connect(server.target)", 3, ["fails clearly in a TypeScript"]),
     ]  # fmt: skip
 
 
