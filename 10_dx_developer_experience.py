@@ -2057,7 +2057,7 @@ async def errors_and_debugging(lab: Lab) -> AsyncIterator[Evidence]:
 
 # DX-06 Learning curve --------------------------------------------------------------------------------
 # Hello world, a saga, and an approval: what has effects is an activity, what decides is a workflow, and what comes
-# from outside is a signal. That much is learnt in an hour. That workflow code must be deterministic takes longer.
+# from outside is a signal. The fourth thing to learn shows in no line: workflow code must be deterministic.
 
 
 @activity.defn
