@@ -623,13 +623,15 @@ BY_CERTIFICATE = (
 
 @piece(holds(BY_KEY), holds(BY_CERTIFICATE))
 async def as_in_the_cloud(lab: Lab) -> list[Evidence]:
+    """A cluster that asks for tokens, behind a front that ends TLS."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
         raise NotRun("a front that ends TLS is needed (nginx), and none is installed here")
     async with Cluster(access=True) as cluster:
         front = Front(cluster, program)
         try:
-            return [await keys_at(lab, cluster, front), await certificates_at(lab, front)]
+            # The replaced key is the one that the front's own token is of: that comes last.
+            return [await certificates_at(lab, front), await keys_at(lab, cluster, front)]
         finally:
             front.kill()
 
@@ -646,12 +648,9 @@ async def at_the_door(settings: Mapping[str, str]) -> str:
 
 
 async def keys_at(lab: Lab, cluster: Cluster, front: Front) -> Evidence:
-    import trustme
-
+    """With the right key and with wrong ones; then the key that signs them is replaced."""
     access = cluster.access
     assert access
-    front.trust(trustme.CA())
-    await front.start()
     token = functools.partial(access.token, "default:write", subject="greeter@example.com")
     first = front.key(token())
     said = await greet(lab, first)
@@ -679,12 +678,15 @@ async def keys_at(lab: Lab, cluster: Cluster, front: Front) -> Evidence:
 
 
 async def certificates_at(lab: Lab, front: Front) -> Evidence:
+    """An authority is replaced by another one, and for a time both are trusted."""
     import trustme
 
     old, new = trustme.CA(), trustme.CA()
     first, second = front.identity(old, "first"), front.identity(new, "second")
     past = datetime.now(UTC) - timedelta(days=1)
     expired = front.identity(old, "expired", not_before=past - timedelta(days=9), not_after=past)
+    front.trust(old)
+    await front.start()
 
     async def both() -> dict[str, str]:
         return {name: await at_the_door(one) for name, one in (("old", first), ("new", second))}
@@ -713,6 +715,7 @@ async def certificates_at(lab: Lab, front: Front) -> Evidence:
         without=refused_fact(await at_the_door(none)),
         let_in_meanwhile=await judged(old, new, old=True, new=True),
         let_in_afterwards=await judged(new, old=False, new=True),
+        result_by_the_new_one=equal(await greet(lab, second), GREETED),
     )
 
 
@@ -1888,6 +1891,7 @@ EVERY_STORE = (
 
 @piece(holds(EVERY_STORE))
 async def in_every_store(lab: Lab) -> Evidence:
+    """Visibility stays in PostgreSQL: Cassandra has none, and MariaDB refuses it."""
     there, missing = prepared(*STORES)
     facts: Facts = {}
     async with Cluster() as cluster:
@@ -1956,6 +1960,7 @@ NO_VISIBILITY = "MariaDB keeps histories in the place of MySQL, and refuses MySQ
 
 @piece(limit(NO_VISIBILITY))
 async def mariadb_as_mysql(lab: Lab) -> Evidence:
+    """Lay out the schema that MySQL has for visibility."""
     async with running("mariadb") as store:
         try:
             await store.make_schema("temporal_visibility", "visibility")
@@ -1983,6 +1988,7 @@ KNOWN_AT_ONCE = {"system.forceSearchAttributesCacheRefreshOnRead": True}
 
 @piece(holds(SAME_RUNS), limit(LISTS_FAIL), limit(SORTED))
 async def in_every_visibility(lab: Lab) -> list[Evidence]:
+    """Histories stay in PostgreSQL."""
     there, missing = prepared(*ENGINES)
     without: Facts = {}
     order: Facts = {}
