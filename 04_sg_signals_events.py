@@ -2196,7 +2196,7 @@ async def by_kafka(lab: Lab) -> tuple[Evidence, ...]:
     )
 
 
-@SG.item("SG-03", "Event triggers", seconds=180)
+@SG.item("SG-03", "Event triggers", seconds=400)
 async def event_triggers(lab: Lab) -> AsyncIterator[Evidence]:
     """Workflows are started in seven ways; the ledger has which run shipped what."""
     by_id = (signal_nobody, concurrent_signal_with_start, refused_update_with_start)

@@ -92,6 +92,7 @@ class System:
 
 
 def java_folder() -> Path:
+    """Where Java is prepared."""
     return cache() / f"java-{JAVA}"
 
 
