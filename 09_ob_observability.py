@@ -48,6 +48,7 @@ from lab import (
     notes,
     open_gate,
     refuse,
+    requires,
     run,
     until,
 )
@@ -1959,8 +1960,7 @@ async def torn_apart(lab: Lab) -> Evidence:
 @OB.item("OB-04", "OpenTelemetry", seconds=140)
 async def opentelemetry(lab: Lab) -> AsyncIterator[Evidence]:
     """Caller and worker are a process each; the collector's ledger holds what they exported."""
-    if not hasattr(temporal_tracing, "OpenTelemetryPlugin"):
-        raise NotRun("temporalio.contrib.opentelemetry.OpenTelemetryPlugin is needed, which is there since SDK 1.23")
+    requires("temporalio.contrib.opentelemetry.OpenTelemetryPlugin")
     async for evidence in side_by_side(one_trace(lab), killed_worker(lab), torn_apart(lab)):
         yield evidence
     yield native(

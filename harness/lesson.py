@@ -188,9 +188,9 @@ def _imports(tree: ast.Module, names: set[str]) -> list[str]:
 
 
 def _import_nodes(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import at the top level, those passed through the sandbox included."""
+    """Every import at the top level, those passed through the sandbox or tried because of older SDKs included."""
     for node in tree.body:
-        for one in node.body if isinstance(node, ast.With) else [node]:
+        for one in node.body if isinstance(node, ast.With | ast.Try) else [node]:
             if isinstance(one, ast.Import | ast.ImportFrom):
                 yield one
 
