@@ -98,7 +98,8 @@ def copy_of(path: Path, item: str) -> str | None:
     pieces = [*_needed(tree, lines, own, lesson), own]
     imports = _imports(tree, _free("\n".join(pieces)))
     body = "\n\n\n".join(pieces).replace(lesson.example, "example")
-    head = _metadata([*imports, *MAIN_IMPORTS.splitlines()]) + _docstring(lesson)
+    inner = [ast.unparse(node) for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    head = _metadata([*imports, *inner, *MAIN_IMPORTS.splitlines()]) + _docstring(lesson)
     return head + _sorted(imports) + "\n\n" + body + "\n\n" + MAIN
 
 
@@ -223,12 +224,21 @@ def _sorted(imports: Sequence[str]) -> str:
 
 def _metadata(imports: Sequence[str]) -> str:
     """What `uv run` reads to install what a file needs (PEP 723)."""
-    found = importlib.metadata.packages_distributions()
-    modules = {_module(line) for line in imports} - set(sys.stdlib_module_names)
-    needed = sorted({found[module][0] for module in modules})
+    modules = {line.split()[1] for line in imports if _module(line) not in sys.stdlib_module_names}
+    needed = sorted(set(map(_package, modules)))
     versions = {one: ".".join(importlib.metadata.version(one).split(".")[:2]) for one in needed}
     named = "".join(f'#   "{one}>={versions[one]}",\n' for one in needed)
     return f'# /// script\n# requires-python = ">=3.11"\n# dependencies = [\n{named}# ]\n# ///\n'
+
+
+def _package(module: str) -> str:
+    """The installed package that brings a module; several may share its root, as those of temporalio do."""
+    named = importlib.metadata.packages_distributions()[module.partition(".")[0]]
+    path = module.replace(".", "/")
+    for name in named:
+        if {f"{path}.py", f"{path}/__init__.py"} & set(map(str, importlib.metadata.files(name) or [])):
+            return name
+    return named[0]
 
 
 def _docstring(lesson: Lesson) -> str:
