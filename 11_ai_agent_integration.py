@@ -1025,12 +1025,18 @@ class Assistant:
         while (self.inbox.queue or not self.inbox.closed) and not self.is_long():
             await workflow.wait_condition(lambda: bool(self.inbox.queue) or self.inbox.closed or self.is_long())
             if self.inbox.queue:
-                message = self.inbox.queue[0]
-                await settle(message.number, (await put(Question(message.number, message.text))).text)
+                await self.answer(self.inbox.queue[0])
                 del self.inbox.queue[0]
         await workflow.wait_condition(workflow.all_handlers_finished)
         if self.inbox.queue or not self.inbox.closed:
             workflow.continue_as_new(self.inbox)
+
+    async def answer(self, message: Message) -> None:
+        try:
+            text = (await put(Question(message.number, message.text))).text
+        except ActivityError as error:  # of one message, which must not be the end of the others
+            text = f"there is no answer: {error.cause}"
+        await settle(message.number, text)
 
     def is_long(self) -> bool:
         """The server suggests it before a run's updates, or its events, are too many."""
@@ -1397,13 +1403,13 @@ async def while_all_is_down(lab: Lab, bureau: Bureau, server: Server) -> list[Ev
     async with lab.worker_process(**bureau.parts(server=server, task_queue=queue)) as worker:
         patient = await bureau.approval("patient", **options)
         hasty = await bureau.approval("hasty", patience, **options)
-        out = time.monotonic() + patience
+        out = event_times(await history_of(hasty), "TIMER_STARTED")[0].timestamp() + patience
         await worker.kill()
     server.kill()
-    if time.monotonic() > out - 0.5:
+    if time.time() > out:
         raise TimeoutError("the time of a request ran out before all was down")
     killed, early = time.monotonic(), bureau.done(hasty)
-    await asyncio.sleep(out + 0.5 - time.monotonic())  # time is the subject: it runs out while all is down
+    await asyncio.sleep(out + 0.5 - time.time())  # time is the subject: it runs out while all is down
     await server.start()
     away = time.monotonic() - killed
     async with lab.worker_process(**bureau.parts(server=server, task_queue=queue)):
@@ -2366,7 +2372,7 @@ async def agent_frameworks(lab: Lab) -> AsyncIterator[Evidence]:
 
 # AI-06 Tool execution --------------------------------------------------------------------------------
 # Each tool is an activity with a patience of its own. What a tool cannot do, the model is told, and goes on; so it is
-# told of a tool that it made up. When to stop is the workflow's to say.
+# told of a tool that it made up. How many tools it may use is the workflow's to say.
 
 
 @dataclass
@@ -2476,23 +2482,13 @@ class Task:
 
 @workflow.defn
 class Researcher:
-    """The loop of an agent: the model asks for tools until it has an answer, or is stopped."""
+    """The loop of an agent: the model asks for tools until it has an answer. A person stops it by cancelling it."""
 
     def __init__(self) -> None:
-        self.stopped = False
         self.messages: list[dict[str, Any]] = []
 
     @workflow.run
     async def run(self, task: Task) -> str:
-        work = asyncio.create_task(self.loop(task))
-        await workflow.wait_condition(lambda: work.done() or self.stopped)
-        if not work.done():
-            work.cancel()
-            await workflow.wait_condition(work.done)
-            return "stopped by a person"
-        return await work
-
-    async def loop(self, task: Task) -> str:
         self.messages.append({"role": "user", "content": task.prompt})
         used = 0
         while True:
@@ -2515,20 +2511,16 @@ class Researcher:
         if call.name not in tools:
             return f"There is no tool {call.name}: use one of {', '.join(tools)}."
         try:
-            topic = json.loads(call.arguments)["topic"]
+            topic = str(json.loads(call.arguments)["topic"])
         except (ValueError, TypeError, KeyError) as error:
             return f"The arguments cannot be read ({error!r}): send JSON with a topic."
         try:
             patience = TOOLS[call.name].patience
             return str(await workflow.execute_activity(call.name, topic, result_type=str, **patience))
         except ActivityError as error:
-            if is_cancelled_exception(error):  # to be stopped is no failure of the tool
+            if is_cancelled_exception(error):  # by a person, which is no failure of the tool
                 raise
             return f"The tool failed: {error.cause}"
-
-    @workflow.signal
-    def stop(self) -> None:
-        self.stopped = True
 
     @workflow.query
     def said(self) -> list[dict[str, Any]]:
@@ -2782,16 +2774,16 @@ async def stop(lab: Lab, study: Study) -> Evidence:
         task = study.task("stop", ["archive", "catalogue"])
         handle = await lab.start(Researcher.run, task, name="stop", task_queue=f"{lab.id}-stop")
         await until(lambda: "2" in notes(study.pages("stop")), "the tool is under way", every=0.02)
-        await handle.signal(Researcher.stop)
+        await handle.cancel()
         how = await ended(handle)
         history = outline(await handle.fetch_history())
     return holds(
         "a person stops the agent: the tool that is running is cancelled, waited for, and nothing more begins",
-        result=equal(how.result, "stopped by a person"),
+        status=equal(how.status, "CANCELED"),
         tools_that_ran=equal(study.begun(handle), {"archive": 1}),
         how_it_ended=equal([call.activity for call in lab.calls(handle.id, "failed")], ["archive"]),
         pages_of_20=at_most(len(notes(study.pages("stop"))), PAGES - 1),
-        end_of_the_history=equal(history.splitlines()[-2:], ["ActivityTaskCanceled", "WorkflowExecutionCompleted"]),
+        end_of_the_history=equal(history.splitlines()[-2:], ["ActivityTaskCanceled", "WorkflowExecutionCanceled"]),
     )
 
 
@@ -2886,9 +2878,9 @@ async def tool_execution(lab: Lab) -> AsyncIterator[Evidence]:
         (workflow.execute_activity, "retry_policy"),
         (workflow.execute_activity, "cancellation_type"),
         (RetryPolicy, "maximum_attempts"),
+        ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
         workflow.ActivityConfig,
-        workflow.signal,
-        workflow.wait_condition,
+        WorkflowHandle.cancel,
         activity.heartbeat,
         (activity.Info, "heartbeat_details"),
         adds=["the loop", "the budget", *keywords_in([Researcher, Research], "except")],
