@@ -2332,7 +2332,7 @@ def look_up(file: str) -> None:
 
     evidence = native(
         "the OpenAI Agents SDK's plugin is generally available, and the agent needs no line for its recovery",
-        (Client, "plugins"),
+        (Client.connect, "plugins"),
         (OpenAIAgentsPlugin, "model_params"),
         (OpenAIAgentsPlugin, "model_provider"),
         (ModelActivityParameters, "start_to_close_timeout"),
@@ -2342,13 +2342,20 @@ def look_up(file: str) -> None:
         adds=keywords_in([Shopper, agents_plugin], "try", "except"),
     )
     note(file, json.dumps(asdict(evidence)))
+    if installed("temporalio.langgraph"):
+        note(file, str(native("its stage", importlib.import_module("temporalio.langgraph").LangGraphPlugin).stage))
 
 
-async def plugin_is_native(market: Market) -> Evidence:
+async def plugins_are_native(market: Market) -> list[Evidence]:
     file = market.lab.file("native")
     async with market.lab.process(look_up, file, nursery=market.nursery) as child:
         await child.wait(60 * slowness())
-    return Evidence(**json.loads(notes(file)[0]))
+    evidence, *stage = notes(file)
+    claim = "LangGraph by Temporal's plugin is experimental"
+    late = (
+        limit(claim, stage=equal(stage[0], "experimental")) if stage else not_run("limit", claim, "it is not installed")
+    )
+    return [Evidence(**json.loads(evidence)), late]
 
 
 @AI.item("AI-05", "Agent frameworks", seconds=180)
@@ -2362,7 +2369,7 @@ async def agent_frameworks(lab: Lab) -> AsyncIterator[Evidence]:
             market = functools.partial(Market, lab, model, nursery)
             parts: list[Any] = [agents_at_work(market(way)) for way in ("agents", "pydantic", "graph")]
             parts += [graph_in_activity(market("activity")), agent_without_temporal(market("agents", "plain"))]
-            async for evidence in side_by_side(*parts, plugin_is_native(market("agents", "native"))):
+            async for evidence in side_by_side(*parts, plugins_are_native(market("agents", "native"))):
                 yield evidence
     yield cited(
         "CrewAI has no integration and fits only inside an activity; LangGraph goes on there with a checkpointer",
