@@ -298,10 +298,10 @@ def quick_retries(policy: RetryPolicy | None) -> RetryPolicy:
     return replace(policy or RetryPolicy(), initial_interval=timedelta(milliseconds=100))
 
 
-def shortened(*activities: str) -> dict[str, dict[str, Any]]:
-    """Options with which kills and retries cost little time."""
+def shortened(*activities: str, missed: timedelta = timedelta(minutes=5)) -> dict[str, dict[str, Any]]:
+    """Options with which retries cost little time, and where a worker is killed, the kill as well."""
     retries = quick_retries(PATIENCE.get("retry_policy"))
-    return {name: {"heartbeat_timeout": soon(), "retry_policy": retries} for name in activities}
+    return {name: {"heartbeat_timeout": missed, "retry_policy": retries} for name in activities}
 
 
 # A worker holds heartbeats back for 0.8 of their timeout, and what was not sent is lost in a kill.
@@ -320,7 +320,9 @@ async def kill_between_calls(lab: Lab, model: "Endpoint") -> Evidence:
     gate = lab.gate("between")
     seen = await lab.take_over(
         Interview.run, plan, name="between", task_timeout=soon(),
-        parts=asking(model, faults=[hold("ask", gate, key=f"{plan.number}/3")]),
+        parts=asking(
+            model, faults=[hold("ask", gate, key=f"{plan.number}/3")], shortened=shortened("ask", missed=soon())
+        ),
         point=lambda: len(lab.calls(f"{lab.id}-between")) == 3,
         meanwhile=lambda: open_gate(gate),
     )  # fmt: skip
@@ -566,7 +568,7 @@ async def kill_inside_call(lab: Lab, model: "Endpoint") -> Evidence:
     plan, gate = Plan(f"{lab.id}-inside", QUESTIONS[:1]), lab.gate("inside")
     seen = await lab.take_over(
         Interview.run, plan, name="inside",
-        parts=asking(model, faults=[withhold("ask", gate)]),
+        parts=asking(model, faults=[withhold("ask", gate)], shortened=shortened("ask", missed=soon())),
         point=lambda: lab.calls(f"{lab.id}-inside", "ended"),
         meanwhile=lambda: open_gate(gate),
     )  # fmt: skip
@@ -1982,7 +1984,10 @@ class Graph:
         return {"messages": [await self.llm.ainvoke(state["messages"])]}
 
     async def use_tools(self, state: Any) -> Any:
-        return await self.tools.ainvoke(state)
+        from langchain_core.messages import convert_to_messages
+
+        # The plugin hands a node what JSON makes of its messages.
+        return await self.tools.ainvoke({"messages": convert_to_messages(state["messages"])})
 
     def graph(self, **metadata: Any) -> Any:
         from langgraph.graph import START, MessagesState, StateGraph
@@ -2040,20 +2045,22 @@ def graph_plugin(url: str, model: str, store: Store) -> Any:
     return LangGraphPlugin(graphs={"shop": Graph(url, model, store).graph(execute_in="activity", **options)})
 
 
-@functools.cache
-def pydantic_agent(url: str, key: str, model: str, store: Store) -> Any:
-    """The same agent of Pydantic AI. Workflow code only knows its shape: tools and model run in activities."""
-    with workflow.unsafe.imports_passed_through():
-        from pydantic_ai import Agent
-        from pydantic_ai.durable_exec.temporal import TemporalDurability
-        from pydantic_ai.models.openai import OpenAIChatModel
-        from pydantic_ai.providers.openai import OpenAIProvider
+PYDANTIC: dict[str, Any] = {}  # the agent of this process
+
+
+def pydantic_agent(url: str, model: str, store: Store) -> Any:
+    """The same agent of Pydantic AI: it has to be made before the workflows that use it."""
+    from pydantic_ai import Agent
+    from pydantic_ai.durable_exec.temporal import TemporalDurability
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
 
     async def reserve(product: str) -> str:
         """Reserve one piece of a product."""
         return await store.reserve(product)
 
-    llm = OpenAIChatModel(model, provider=OpenAIProvider(openai_client=model_client(base_url=url, api_key=key)))
+    client = model_client(base_url=url, api_key=model_key())
+    llm = OpenAIChatModel(model, provider=OpenAIProvider(openai_client=client))
     options = workflow.ActivityConfig(
         start_to_close_timeout=timedelta(seconds=30), retry_policy=PATIENCE["retry_policy"]
     )
@@ -2062,13 +2069,11 @@ def pydantic_agent(url: str, key: str, model: str, store: Store) -> Any:
     )
 
 
-@workflow.defn
+@workflow.defn(sandboxed=False)  # which would make the agent anew for each run, of a module that has it at its top
 class PydanticShopper:
     @workflow.run
     async def run(self, wish: Wish) -> str:
-        agent = pydantic_agent("http://nowhere", "none", wish.model, Store("", ""))
-        result = await agent.run(errand(wish))
-        return str(result.output)
+        return str((await PYDANTIC["agent"].run(errand(wish))).output)
 
 
 def pydantic_plugin() -> Any:
@@ -2080,7 +2085,8 @@ def pydantic_plugin() -> Any:
 def pydantic_agent_plugin(url: str, model: str, store: Store) -> Any:
     from pydantic_ai.durable_exec.temporal import AgentPlugin
 
-    return AgentPlugin(pydantic_agent(url, model_key(), model, store))
+    PYDANTIC["agent"] = pydantic_agent(url, model, store)
+    return AgentPlugin(PYDANTIC["agent"])
 
 
 @dataclass(frozen=True)
@@ -2275,7 +2281,7 @@ STARTS_OVER = (
 
 async def graph_in_activity(market: Market) -> list[Evidence]:
     lamp = asyncio.create_task(market.shop("lamp"))
-    shorter = shortened("shop_by_graph")
+    shorter = shortened("shop_by_graph", missed=soon())
     async with market.worker(shortened=shorter, **PROMPT) as worker:
         await worker.wait(60 * slowness())
     async with market.worker(shortened=shorter, **PROMPT):
@@ -2640,7 +2646,7 @@ class Study:
             "workflows": [Researcher, Unforgiving],
             "activities": tools,
             "task_queue": f"{self.lab.id}{name and '-'}{name}",
-            "shortened": shortened("chat", "archive", "letters", "catalogue"),
+            "shortened": shortened("chat", "catalogue") | shortened("archive", "letters", missed=1.5 * soon()),
             **PROMPT,
         } | options
 
