@@ -323,7 +323,7 @@ async def kill_between_calls(lab: Lab, model: "Endpoint") -> Evidence:
         parts=asking(
             model, faults=[hold("ask", gate, key=f"{plan.number}/3")], shortened=shortened("ask", missed=soon())
         ),
-        point=lambda: len(lab.calls(f"{lab.id}-between")) == 3,
+        point=lambda: len(lab.calls(f"{lab.id}-between")) >= 3,
         meanwhile=lambda: open_gate(gate),
     )  # fmt: skip
     answers = seen.ending.result or []
@@ -1172,7 +1172,7 @@ async def sent(update: Any) -> str:
     try:
         async with asyncio.timeout(20 * slowness()):
             return str(await update)
-    except TimeoutError:
+    except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
         return "no answer"
     except WorkflowUpdateFailedError as error:
         return f"refused: {error.cause}"
@@ -2646,7 +2646,7 @@ class Study:
             "workflows": [Researcher, Unforgiving],
             "activities": tools,
             "task_queue": f"{self.lab.id}{name and '-'}{name}",
-            "shortened": shortened("chat", "catalogue") | shortened("archive", "letters", missed=1.5 * soon()),
+            "shortened": shortened("chat", "catalogue") | shortened("archive", "letters", missed=3 * soon()),
             **PROMPT,
         } | options
 
@@ -3036,9 +3036,10 @@ class StandIn:
 def retry_after(fault: str) -> tuple[dict[str, str], float]:
     """The header of a refusal for a while, and when that is over."""
     if fault == "429":
-        return {"retry-after": "2"}, time.time() + 2
+        seconds = round(3 * slowness())
+        return {"retry-after": str(seconds)}, time.time() + seconds
     if fault == "429-date":
-        again = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3)
+        again = (datetime.now(UTC) + timedelta(seconds=4 * slowness())).replace(microsecond=0)
         return {"retry-after": format_datetime(again, usegmt=True)}, again.timestamp()
     return {}, 0
 
