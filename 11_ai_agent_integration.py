@@ -13,78 +13,115 @@ also fails on request and counts its calls; no network is needed then, and nothi
 from common import (
     Category,
     Evidence,
-    Target,
-    causes,
+    NotRun,
+    Spread,
+    at_least,
+    at_most,
     cited,
     connect,
+    contains,
     control,
+    differs,
+    equal,
+    figure,
     holds,
     limit,
     native,
+    not_run,
+    piece,
+    sdk_version,
     side_by_side,
+    slowness,
     works,
 )
 from lab import (
     Child,
+    Ending,
     Lab,
+    Nursery,
+    Server,
     count_events,
+    ended,
     event_times,
+    fail,
     failed_tasks,
     history_of,
+    hold,
     keywords_in,
-    make_worker,
     name_of,
     note,
     notes,
+    open_gate,
+    outline,
+    refuse,
     run,
     sandbox,
     status_of,
     until,
+    withhold,
 )
 
 import asyncio
 import contextlib
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import re
 import secrets
 import signal
-import statistics
+import socket
 import sys
 import time
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 from temporalio import activity, workflow
 from temporalio.client import (
     Client,
-    WorkflowExecutionStatus,
-    WorkflowFailureError,
     WorkflowHandle,
     WorkflowHistory,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
+    WorkflowUpdateStage,
 )
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
-from temporalio.service import RPCError
-from temporalio.worker import Replayer
+from temporalio.service import RetryConfig, RPCError
+from temporalio.worker import (
+    ExecuteWorkflowInput,
+    Interceptor,
+    Replayer,
+    Worker,
+    WorkflowInboundInterceptor,
+    WorkflowInterceptorClassInput,
+)
+from temporalio.workflow import ActivityCancellationType
 
 with workflow.unsafe.imports_passed_through():
+    import h11  # noqa: F401 (what httpx2 would import with its first call, and may not in a workflow)
+    import httpcore2  # noqa: F401
+    import httpx2
     import openai
     import openai.resources.chat.completions  # or each worker process would import it with its first call
+    import truststore  # noqa: F401
+    import uvicorn
     from pydantic import BaseModel, PositiveInt, ValidationError
-    from temporalio.contrib.workflow_streams import WorkflowStream, WorkflowStreamClient
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
 
-if TYPE_CHECKING:
-    from agents import Tool as AgentTool
+with contextlib.suppress(ImportError):  # older than SDK 1.27: AI-04 is not run
+    from temporalio.contrib.workflow_streams import WorkflowStream, WorkflowStreamClient
 
 AI = Category(
     "AI",
@@ -101,265 +138,32 @@ if not workflow.unsafe.in_sandbox():
         OTEL_SDK_DISABLED="true",
     )
 
-# A worker that was killed is missed after this long, here short, so that kills cost little time: by the
-# workflow task it had, and by the activity whose heartbeats stop.
-SOON = timedelta(seconds=2)
-NOTICED = timedelta(seconds=4)
-# A worker holds heartbeats back for 0.8 of their timeout, which leaves a busy machine little time for the
-# next one to arrive, and loses what was not sent in a kill. These workers send them nearly at once.
-PROMPT: dict[str, Any] = {"max_heartbeat_throttle_interval": timedelta(milliseconds=200)}
-# Where nothing is to be given up, a slow machine gets all the time it needs.
-PATIENT = timedelta(seconds=30)
-RETRY = RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_attempts=6)
-
-
-# The stand-in for a paid model -----------------------------------------------------------------------
-# It speaks the API of OpenAI (chat completions, plain and streamed, with tools and JSON schemas) and
-# fails when the name of the model asks for it: "gpt@500:2" answers 500 to the first two calls, and so
-# does "gpt@500:2/mine", which is counted apart. Every call goes into a ledger, which no worker and no
-# Temporal server writes.
-
-DEFAULT_MODEL = "gpt-4o-mini"
-RETRY_AFTER = 2  # seconds that a 429 asks to wait
-TOKEN_PAUSE = 0.025  # seconds between two streamed tokens
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call as the stand-in noted it."""
-
-    model: str
-    key: str
-    prompt: str
-    turn: int
-    tokens: int
-    at: float
-
-
-async def serve_model(ledger: str, ready: str) -> None:
-    """The whole life of the stand-in. It notes its port in `ready` as soon as it listens."""
-    count: Counter[str] = Counter()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
-            while await serve_call(reader, writer, ledger, count):
-                pass
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=2**22)
-    note(ready, str(server.sockets[0].getsockname()[1]))
-    await server.serve_forever()
-
-
-async def serve_call(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ledger: str, count: Counter[str]
-) -> bool:
-    """Answer one request, and say whether the connection may be used for another."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    pairs = (line.split(": ", 1) for line in head.strip().split("\r\n")[1:])
-    headers = {name.lower(): value for name, value in pairs}
-    body = json.loads(await reader.readexactly(int(headers["content-length"])))
-    count[body["model"]] += 1
-    label = body["model"].partition("@")[2].partition("/")[0]
-    fault, _, times = label.partition(":")
-    if not times or count[body["model"]] > int(times):
-        fault = ""
-    message = reply_to(body, fault)
-    usage = count_tokens(body["messages"], message)
-    call = Call(
-        model=body["model"],
-        key=headers.get("idempotency-key", ""),
-        prompt=str(body["messages"][-1].get("content")),
-        turn=len(body["messages"]),
-        tokens=usage["total_tokens"],
-        at=time.time(),
-    )
-    note(ledger, json.dumps(asdict(call)))
-    if fault == "drop":
-        return False
-    if fault == "slow":
-        await asyncio.sleep(20)
-    whole = {"id": "chatcmpl-1", "object": "chat.completion", "created": int(time.time()), "model": body["model"]}
-    if fault.isdigit():
-        answer = json.dumps({"error": {"message": f"told to fail with {fault}"}})
-        await send(writer, answer, status=int(fault))
-    elif fault == "malformed":
-        await send(writer, '{"choices": [')
-    elif body.get("stream"):
-        await stream(writer, whole, message["content"], stalls=fault == "stall")
-    else:
-        finish = "tool_calls" if message.get("tool_calls") else "stop"
-        choice = {"index": 0, "message": message, "finish_reason": finish}
-        await send(writer, json.dumps({**whole, "choices": [choice], "usage": usage}))
-    return True
-
-
-async def send(writer: asyncio.StreamWriter, body: str, status: int = 200) -> None:
-    after = f"retry-after: {RETRY_AFTER}\r\n" if status == 429 else ""
-    head = f"HTTP/1.1 {status} -\r\ncontent-type: application/json\r\ncontent-length: {len(body.encode())}\r\n{after}"
-    writer.write(f"{head}\r\n{body}".encode())
-    await writer.drain()
-
-
-async def stream(writer: asyncio.StreamWriter, whole: dict[str, Any], text: str, stalls: bool) -> None:
-    """Server-sent events, one token each."""
-    writer.write(b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-    for number, token in enumerate([*re.findall(r"\S+\s*", text), ""]):
-        choice = {"index": 0, "delta": {"content": token}, "finish_reason": None if token else "stop"}
-        chunk = {**whole, "object": "chat.completion.chunk", "choices": [choice]}
-        await send_chunk(writer, f"data: {json.dumps(chunk)}\n\n")
-        await asyncio.sleep(20 if stalls and number == 20 else TOKEN_PAUSE)
-    await send_chunk(writer, "data: [DONE]\n\n")
-    await send_chunk(writer, "")
-
-
-async def send_chunk(writer: asyncio.StreamWriter, data: str) -> None:
-    writer.write(f"{len(data.encode()):x}\r\n{data}\r\n".encode())
-    await writer.drain()
-
-
-def reply_to(body: dict[str, Any], fault: str) -> dict[str, Any]:
-    """A message that serves the prompt: it calls the tools that are offered, and then reports on them."""
-    messages, tools = body["messages"], body.get("tools", [])
-    prompt = next(str(one["content"]) for one in reversed(messages) if one["role"] == "user")
-    results = [str(one["content"]) for one in messages if one["role"] == "tool"]
-    left = tools[:1] if fault == "endless" else tools[len(results) :]
-    if left:
-        called = left if "at once" in prompt else left[:1]
-        return {"role": "assistant", "content": None, "tool_calls": [tool_call(one, prompt) for one in called]}
-    return {"role": "assistant", "content": text_for(body, prompt, results, fault)}
-
-
-def text_for(body: dict[str, Any], prompt: str, results: list[str], fault: str) -> str:
-    form, choice = body.get("response_format"), re.search(r"one of: ([\w, ]+)", prompt)
-    span = re.search(r"from (\d+) to (\d+)", prompt)
-    if form:
-        filled = json.dumps(fill(form["json_schema"]["schema"], prompt))
-        if fault == "invalid" or (fault == "mending" and "refused" not in prompt):
-            return "I would say two mugs."
-        return filled.replace("2", '"a few"') if fault == "mending" and "Invalid JSON" in prompt else filled
-    if results:
-        return f"Done: {'; '.join(results)}."
-    if choice:
-        return secrets.choice([str(option) for option in choice.group(1).split(", ")])
-    if span:
-        return " ".join(f"{number}," for number in range(int(span.group(1)), int(span.group(2)) + 1))
-    return f"Here is my answer to: {prompt}"
-
-
-def tool_call(tool: dict[str, Any], prompt: str) -> dict[str, Any]:
-    arguments = json.dumps(fill(tool["function"]["parameters"], prompt))
-    name = tool["function"]["name"]
-    return {
-        "id": f"call_{secrets.token_hex(4)}",
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
-
-
-def fill(schema: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """Values for a schema: a text is what stands 'in quotes' in the prompt, a number the first one there."""
-    text, number = re.search(r"'([^']+)'", prompt), re.search(r"\d+", prompt)
-    values = {"string": text.group(1) if text else "nothing", "integer": int(number.group()) if number else 0}
-    return {name: values[one["type"]] for name, one in schema.get("properties", {}).items()}
-
-
-def count_tokens(messages: list[dict[str, Any]], message: dict[str, Any]) -> dict[str, int]:
-    asked, answered = len(json.dumps(messages).split()), len(json.dumps(message).split())
-    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
-
-
-# What the items have in common: where the model answers, and one call of it -------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """Where a model answers, and its name. Not the key: arguments of workflows are kept in histories."""
-
-    url: str
-    name: str
-
-
-@functools.cache
-def model_client(url: str) -> openai.AsyncOpenAI:
-    """The key comes from the worker's environment. Who retries is Temporal, so the client does not."""
-    return openai.AsyncOpenAI(base_url=url, api_key=model_key(), max_retries=0, timeout=60)
-
-
-def model_key() -> str:
-    return os.environ.get("OPENAI_API_KEY") or "the stand-in asks for none"
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """The model that an item talks to. The stand-in also keeps a `ledger` of its calls, and can fail."""
-
-    url: str
-    name: str
-    ledger: str | None = None
-
-    @property
-    def local(self) -> bool:
-        return self.ledger is not None
-
-    @property
-    def model(self) -> Model:
-        return Model(self.url, self.name)
-
-    def named(self, label: str) -> Model:
-        """The stand-in under another name, which tells its calls apart or asks for a fault."""
-        return Model(self.url, f"{self.name}@{label}" if self.local else self.name)
-
-    def calls(self, model: Model | None = None, keys: str = "") -> list[Call]:
-        """The calls that the stand-in saw, of one model or with idempotency keys that begin so."""
-        assert self.ledger, "a real model does not tell"
-        seen = [Call(**json.loads(line)) for line in notes(self.ledger)]
-        return [one for one in seen if one.key.startswith(keys) and (model is None or one.model == model.name)]
-
-
-UNSEEN = "a real model is configured: this needs the faults and the call counter of the local stand-in"
-
-
-@contextlib.asynccontextmanager
-async def an_endpoint(lab: Lab) -> AsyncIterator[Endpoint]:
-    """The user's model when there is a key for it, else the stand-in in a process of its own."""
-    if os.environ.get("OPENAI_API_KEY"):
-        url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        yield Endpoint(url, os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL)
-        return
-    ledger, ready = lab.file("model"), lab.file("model-port")
-    async with lab.process(serve_model, ledger, ready):
-        await until(lambda: notes(ready), "the stand-in for the model listens")
-        yield Endpoint(f"http://127.0.0.1:{notes(ready)[0]}/v1", DEFAULT_MODEL, ledger)
-
-
-@contextlib.asynccontextmanager
-async def beating() -> AsyncIterator[None]:
-    """Tell the server again and again that this activity is alive: one whose worker was killed is noticed soon."""
-
-    async def beat() -> None:
-        while True:
-            activity.heartbeat()
-            await asyncio.sleep(0.3)
-
-    beats = asyncio.create_task(beat())
-    try:
-        yield
-    finally:
-        beats.cancel()
+Handle = WorkflowHandle[Any, Any]
 
 
 # AI-01 LLM call as activity --------------------------------------------------------------------------
-# A model call is an activity like any other: answered once, remembered for good. What is yours is to
-# say which errors a retry can mend.
+# A model call is an activity like any other: answered once, remembered for good. What is yours is to say which errors
+# a retry can mend, and to give each call a key: one that is cut off in the middle is made again, and billed twice by a
+# provider that does not heed it.
+
+# The client gives up before the activity does, so that the history tells what was wrong.
+GIVE_UP = timedelta(seconds=60)
+PATIENCE: workflow.ActivityConfig = {
+    "start_to_close_timeout": GIVE_UP + timedelta(seconds=10),
+    "heartbeat_timeout": timedelta(seconds=10),
+    "retry_policy": RetryPolicy(maximum_attempts=6),
+}
+HOPELESS = {400, 401, 403, 404, 413, 422}  # the request is wrong, and will be the next time
 
 
 @dataclass
 class Question:
-    model: Model
+    # Of the business, and of nothing else: the ids of workflows and activities come again in a later run. Where the
+    # business has none, workflow id, first run id and a name are a key, but what is started anew then asks once more.
+    key: str
     text: str
-    ledger: str
-    seconds: float = 60  # until the client gives up waiting
-    schema: dict[str, Any] | None = None  # the JSON that is wanted; None for plain text
+    model: str = ""  # the worker's own, where none is named
+    schema: dict[str, Any] | None = None  # of the JSON that is wanted; None for plain text
 
 
 @dataclass
@@ -368,91 +172,348 @@ class Answer:
     tokens: int
 
 
-@activity.defn
-async def ask(question: Question) -> Answer:
-    """One call of a model."""
+def model_client(**options: Any) -> openai.AsyncOpenAI:
+    """Who retries is Temporal, so the client does not. The key comes from the worker's environment."""
+    return openai.AsyncOpenAI(**{"max_retries": 0, "timeout": GIVE_UP.total_seconds(), **options})
+
+
+class Llm:
+    """A model that is handed in, with its key: arguments of workflows are kept in histories."""
+
+    def __init__(self, client: openai.AsyncOpenAI, model: str) -> None:
+        self.client, self.model = client, model
+
+    @activity.defn
+    async def ask(self, question: Question) -> Answer:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": question.schema}}
+        try:
+            async with beating():
+                completion = await self.client.chat.completions.create(
+                    model=question.model or self.model,
+                    messages=[{"role": "user", "content": question.text}],
+                    response_format=form if question.schema else openai.omit,
+                    extra_headers={"Idempotency-Key": question.key},
+                )
+        except openai.APIError as error:
+            # Not "from error": causes go into the history, and some endpoints quote the key in a refusal. The causes of
+            # a timeout are longer than the server keeps of a failure.
+            raise for_temporal(error) from None
+        usage = completion.usage
+        return Answer(completion.choices[0].message.content or "", usage.total_tokens if usage else 0)
+
+
+@contextlib.asynccontextmanager
+async def beating() -> AsyncIterator[None]:
+    """Tell the server again and again that this activity is alive: one whose worker was killed is noticed soon."""
+    timeout = activity.info().heartbeat_timeout or timedelta(seconds=10)
+
+    async def beat() -> None:
+        while True:
+            activity.heartbeat()
+            await asyncio.sleep(timeout.total_seconds() / 4)
+
+    beats = asyncio.create_task(beat())
     try:
-        async with beating():
-            return await complete(question)
-    except openai.APIStatusError as error:
-        # Not "from error": some endpoints quote the key in a refusal, and causes go into the history.
-        raise for_temporal(error) from None
+        yield
+    finally:
+        beats.cancel()
 
 
-async def complete(question: Question) -> Answer:
-    note(question.ledger, f"{question.model.name}: {question.text}")
-    info = activity.info()
-    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": question.schema}}
-    completion = await model_client(question.model.url).chat.completions.create(
-        model=question.model.name,
-        messages=[{"role": "user", "content": question.text}],
-        response_format=form if question.schema else openai.omit,
-        timeout=question.seconds,
-        # The same in every attempt of this activity, and in no other one.
-        extra_headers={"Idempotency-Key": f"{info.workflow_id}/{info.activity_id}"},
-    )
-    usage = completion.usage
-    return Answer(completion.choices[0].message.content or "", usage.total_tokens if usage else 0)
-
-
-HOPELESS = {400, 401, 403, 404, 422}  # the request is wrong, and will be the next time
-
-
-def for_temporal(error: openai.APIStatusError) -> ApplicationError:
-    """A refusal in the terms of a retry policy: whether to try again, and when."""
-    after = error.response.headers.get("retry-after")
+def for_temporal(error: openai.APIError) -> ApplicationError:
+    """A failure in the terms of a retry policy: whether to try again, and when."""
+    if not isinstance(error, openai.APIStatusError):
+        return ApplicationError(error.message, type=type(error).__name__)
     return ApplicationError(
         f"the model refused with HTTP {error.status_code}",
         type=f"HTTP {error.status_code}",
         non_retryable=error.status_code in HOPELESS,
-        next_retry_delay=timedelta(seconds=float(after)) if after else None,
+        next_retry_delay=delay_of(error.response.headers.get("retry-after", "")),
     )
 
 
-@activity.defn
-async def ask_unmapped(question: Question) -> Answer:
-    """The control: an exception is an exception, and worth a retry."""
-    return await complete(question)
+def delay_of(retry_after: str) -> timedelta | None:
+    """Retry-After is a number of seconds or a date; what is neither is not heeded."""
+    if retry_after.isdecimal():
+        return timedelta(seconds=int(retry_after))
+    with contextlib.suppress(ValueError):
+        return max(parsedate_to_datetime(retry_after).astimezone(UTC) - datetime.now(UTC), timedelta())
+    return None
+
+
+async def put(question: Question) -> Answer:
+    return await workflow.execute_activity_method(Llm.ask, question, **PATIENCE)
 
 
 @dataclass
-class Interview:
-    model: Model
-    texts: list[str]
-    ledger: str
-    released: int = 99  # so many questions may be asked at once; the others wait for the signal
-    activity: str = "ask"
-    seconds: float = 60  # until the client gives up waiting
-    missed: float = 30  # seconds until a worker is taken for dead
+class Plan:
+    number: str  # of the interview: keys are made of it
+    questions: list[str]
 
 
 @workflow.defn
-class Interviewer:
+class Interview:
     """Asks one question after the other."""
 
-    def __init__(self) -> None:
-        self.released = 0
+    @workflow.run
+    async def run(self, plan: Plan) -> list[Answer]:
+        return [await put(Question(f"{plan.number}/{n}", text)) for n, text in enumerate(plan.questions, 1)]
+
+
+def rehearsed(*replies: dict[str, Any]) -> openai.AsyncOpenAI:
+    """The model for an example: yours where OPENAI_API_KEY is set, else one without a network that says these."""
+    if os.environ.get("OPENAI_API_KEY"):
+        return model_client()
+    left = iter(replies)
+
+    def reply(request: httpx2.Request) -> httpx2.Response:
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": None, **next(left)}}
+        whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "none", "choices": [choice]}
+        return httpx2.Response(200, json=whole)
+
+    return model_client(api_key="none", http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(reply)))
+
+
+async def example_ai_01(client: Client) -> None:
+    llm = Llm(rehearsed({"content": "Blue."}, {"content": "A cat."}), "gpt-5-mini")
+    async with Worker(client, task_queue="interviews", workflows=[Interview], activities=[llm.ask]):
+        plan = Plan(str(uuid.uuid4()), ["Name a colour.", "Name an animal."])
+        answers = await client.execute_workflow(
+            Interview.run, plan, id=f"interview-{plan.number}", task_queue="interviews"
+        )
+        print(f"{plan.questions} {[answer.text for answer in answers]}")
+
+
+# AI-01 put to the test -------------------------------------------------------------------------------
+
+QUESTIONS = ["Name a colour.", "Name an animal.", "Name a city."]
+
+
+def soon() -> timedelta:
+    """A worker that was killed is missed after this long, by the server and by the heartbeats of its activities."""
+    return timedelta(seconds=3 * slowness())
+
+
+def quick_retries(policy: RetryPolicy | None) -> RetryPolicy:
+    """The same retries, a tenth of a second apart at first."""
+    return replace(policy or RetryPolicy(), initial_interval=timedelta(milliseconds=100))
+
+
+def shortened(*activities: str, missed: timedelta = timedelta(minutes=5)) -> dict[str, dict[str, Any]]:
+    """Options with which retries cost little time, and where a worker is killed, the kill as well."""
+    retries = quick_retries(PATIENCE.get("retry_policy"))
+    return {name: {"heartbeat_timeout": missed, "retry_policy": retries} for name in activities}
+
+
+# A worker holds heartbeats back for 0.8 of their timeout, and what was not sent is lost in a kill.
+PROMPT: dict[str, Any] = {"max_heartbeat_throttle_interval": timedelta(milliseconds=200)}
+
+
+def asking(model: "Endpoint", **options: Any) -> dict[str, Any]:
+    """The arguments of a worker that asks questions."""
+    parts = {"workflows": [Interview], "activities": [model.llm().ask], "shortened": shortened("ask"), **PROMPT}
+    return parts | options
+
+
+async def kill_between_calls(lab: Lab, model: "Endpoint") -> Evidence:
+    """The third question is not put yet, and never will be by this worker."""
+    plan = Plan(f"{lab.id}-between", QUESTIONS)
+    gate = lab.gate("between")
+    seen = await lab.take_over(
+        Interview.run, plan, name="between", task_timeout=soon(),
+        parts=asking(
+            model, faults=[hold("ask", gate, key=f"{plan.number}/3")], shortened=shortened("ask", missed=soon())
+        ),
+        point=lambda: len(lab.calls(f"{lab.id}-between")) >= 3,
+        meanwhile=lambda: open_gate(gate),
+    )  # fmt: skip
+    answers = seen.ending.result or []
+    asked = Counter(call.argument["text"] for call in lab.calls(seen.handle.id, "ended"))
+    facts = {"answered_questions": equal(dict(asked), dict.fromkeys(QUESTIONS, 1))}
+    if model.local:
+        calls = model.calls(plan.number)
+        facts |= {"calls_the_model_saw": equal([call.prompt for call in calls], QUESTIONS)}
+        tokens = [call.tokens for call in calls]
+        facts |= {"tokens_in_the_result": equal([one.tokens for one in answers], tokens)}
+    return works(
+        "worker killed between two calls: each question was put to the model once, and its token count is kept",
+        killed_after_answers=len(seen.before) - 1,
+        **facts,
+        answers=equal(sum(one.text != "" for one in answers), len(QUESTIONS)),
+        least_tokens=at_least(min((one.tokens for one in answers), default=0), 1),
+    )
+
+
+async def interview_plainly(model: "Endpoint", plan: Plan, answers: str, gate: str) -> None:
+    """The control: the same interview as an ordinary program. It pauses before the third question."""
+    llm = model.llm()
+    for number, text in enumerate(plan.questions, 1):
+        if number == 3:
+            await until(Path(gate).exists, "it may go on")
+        completion = await llm.client.chat.completions.create(
+            model=llm.model,
+            messages=[{"role": "user", "content": text}],
+            extra_headers={"Idempotency-Key": f"{plan.number}/{number}"},
+        )
+        note(answers, f"{text} {completion.choices[0].message.content}")
+
+
+async def plain_interview(lab: Lab, model: "Endpoint") -> Evidence:
+    plan, answers, gate = Plan(f"{lab.id}-plain", QUESTIONS), lab.file("plain"), lab.gate("plain")
+    async with lab.process(interview_plainly, model, plan, answers, gate) as program:
+        await until(lambda: len(notes(answers)) == 2, "two questions are answered")
+        await program.kill()
+    open_gate(gate)
+    async with lab.process(interview_plainly, model, plan, answers, gate) as program:
+        await program.wait()
+    seen = [call.prompt for call in model.calls(plan.number)] if model.local else []
+    return control(
+        "a plain program that is killed between two calls puts its first questions again",
+        answers=equal(len(notes(answers)), 5),
+        **({"calls_the_model_saw": equal(seen, [*QUESTIONS[:2], *QUESTIONS])} if model.local else {}),
+    )
+
+
+class Unmapped:
+    """The control: to whom an exception is an exception, and worth a retry."""
+
+    def __init__(self, llm: Llm) -> None:
+        self.llm = llm
+
+    @activity.defn(name="ask")
+    async def ask(self, question: Question) -> Answer:
+        await self.llm.client.chat.completions.create(
+            model=self.llm.model,
+            messages=[{"role": "user", "content": question.text}],
+            extra_headers={"Idempotency-Key": question.key},
+        )
+        return Answer("", 0)
+
+
+# What is wrong with the model: how many calls it takes, and what comes of it.
+TRIALS = {
+    "429:1": (2, "COMPLETED"),
+    "429-date:1": (2, "COMPLETED"),
+    "500:2": (3, "COMPLETED"),
+    "malformed:1": (2, "COMPLETED"),
+    "drop:1": (2, "COMPLETED"),
+    "slow:1": (2, "COMPLETED"),
+    "400:9": (1, "FAILED: the model refused with HTTP 400"),
+    "401:9": (1, "FAILED: the model refused with HTTP 401"),
+}
+CLAIMS = {
+    "429:1": "429: the next call comes when Retry-After says, not before",
+    "429-date:1": "429: Retry-After may be a date as well",
+    "500": "500, a malformed answer, a dropped connection and a slow answer are retried until there is an answer",
+    "400": "400 and 401 are not retried, and the workflow learns why",
+    "first": "the client gives up before the activity's own timeout, so that the failure says what was wrong",
+}
+VAIN = "an unmapped 400 is retried in vain, as often as the policy allows"
+
+
+async def faults(lab: Lab, model: "Endpoint") -> list[Evidence]:
+    if not model.local:
+        unseen = [not_run("holds", claim, UNSEEN) for claim in CLAIMS.values()]
+        return [*unseen, not_run("control", VAIN, UNSEEN)]
+
+    async def trial(fault: str, variant: str = "") -> tuple[Handle, Ending, list[Heard]]:
+        number = f"{lab.id}{variant}@{fault}"
+        queue = f"{lab.id}{variant or '-hasty' * (fault == 'slow:1')}"
+        handle = await lab.start(Interview.run, Plan(number, QUESTIONS[:1]), id=number, task_queue=queue)
+        return handle, await ended(handle), model.calls(number)
+
+    unmapped, impatient = Unmapped(model.llm()), model.llm(seconds=slowness())
+    async with (
+        lab.worker(**asking(model)),
+        # Only who asks the slow one is to lose patience with the model.
+        lab.worker(**asking(model, activities=[impatient.ask], task_queue=f"{lab.id}-hasty")),
+        lab.worker(**asking(model, activities=[unmapped.ask], task_queue=f"{lab.id}-unmapped")),
+    ):
+        *trials, vain = await asyncio.gather(*map(trial, TRIALS), trial("400:9", "-unmapped"))
+    seen = {fault: (calls, str(how)) for fault, (_, how, calls) in zip(TRIALS, trials, strict=True)}
+    counted = {fault: [len(calls), how] for fault, (calls, how) in seen.items()}
+    wanted = {fault: list(trial) for fault, trial in TRIALS.items()}
+
+    def waited(fault: str) -> Evidence:
+        first, second = seen[fault][0][:2]
+        return holds(
+            CLAIMS[fault],
+            calls=equal(counted[fault], wanted[fault]),
+            retry_after=first.retry_after,
+            comes_too_early_by=at_most(figure(max(first.again - second.at, 0), "s"), 0),
+            after=figure(second.at - first.at, "s"),
+            without_it_after_a_500=figure(seen["500:2"][0][1].at - seen["500:2"][0][0].at, "s"),
+        )
+
+    mended = [fault for fault in TRIALS if TRIALS[fault][1] == "COMPLETED" and not fault.startswith("429")]
+    events = (await trials[list(TRIALS).index("slow:1")][0].fetch_history()).events
+    given_up = float(str(model_client(api_key="none").timeout))
+    patience = events[4].activity_task_scheduled_event_attributes.start_to_close_timeout.seconds
+    failure = events[5].activity_task_started_event_attributes.last_failure.message
+    return [
+        waited("429:1"),
+        waited("429-date:1"),
+        holds(CLAIMS["500"], **{fault.partition(":")[0]: equal(counted[fault], wanted[fault]) for fault in mended}),
+        holds(CLAIMS["400"], **{f"HTTP_{one[:3]}": equal(counted[one], wanted[one]) for one in ("400:9", "401:9")}),
+        holds(
+            CLAIMS["first"],
+            the_client_s=figure(given_up, "s"),
+            the_activity_s=at_least(figure(patience, "s"), given_up + 1),
+            a_slow_answer=equal(failure, "Request timed out."),
+        ),
+        control(
+            VAIN,
+            calls=equal(len(vain[2]), 6),
+            ended=contains(str(vain[1]), "FAILED", "400"),
+        ),
+    ]
+
+
+@workflow.defn
+class KeyedByIds:
+    """The control: the same interview, with keys that are made of the ids of the workflow and its activities."""
 
     @workflow.run
-    async def run(self, plan: Interview) -> list[Answer]:
-        self.released = max(self.released, plan.released)
-        answers: list[Answer] = []
-        for number, text in enumerate(plan.texts):
-            await workflow.wait_condition(lambda: number < self.released)  # noqa: B023
-            answer = await workflow.execute_activity(
-                plan.activity,
-                Question(plan.model, text, plan.ledger, plan.seconds),
-                result_type=Answer,
-                start_to_close_timeout=PATIENT,
-                heartbeat_timeout=timedelta(seconds=plan.missed),
-                retry_policy=RETRY,
-            )
-            answers.append(answer)
-        return answers
+    async def run(self, plan: Plan) -> None:
+        for number, text in enumerate(plan.questions, 1):
+            await put(Question(f"{workflow.info().workflow_id}/{number}", text))
 
-    @workflow.signal
-    def release(self, questions: int) -> None:
-        self.released = questions
+
+async def keys(lab: Lab, model: "Endpoint") -> list[Evidence]:
+    """Two interviews under one workflow id. The model refuses each first call."""
+    claim = "every attempt of a call carries the same idempotency key, and every call one of its own, in any run"
+    again = "a key made of the ids of workflow and activity comes again in a later run, for another question"
+    if not model.local:
+        return [not_run("holds", claim, UNSEEN), not_run("control", again, UNSEEN)]
+    seen: dict[str, list[Heard]] = {}
+    async with lab.worker(**asking(model, workflows=[Interview, KeyedByIds], task_queue=f"{lab.id}-keys")):
+        for kind in (Interview, KeyedByIds):
+            id = f"{lab.id}-{kind.__name__}@500:1"
+            for which in ("first", "second"):
+                plan = Plan(f"{id}/{which}", [f"{text} ({which})" for text in QUESTIONS])
+                await ended(await lab.start(kind.__name__, plan, id=id, task_queue=f"{lab.id}-keys"))
+            seen[kind.__name__] = model.calls(id)
+
+    def prompts(kind: type) -> dict[str, set[str]]:
+        calls = seen[kind.__name__]
+        return {key: {call.prompt for call in calls if call.key == key} for key in {call.key for call in calls}}
+
+    own, shared = prompts(Interview), prompts(KeyedByIds)
+    attempts = Counter(call.key for call in seen["Interview"])
+    return [
+        holds(
+            claim,
+            questions=2 * len(QUESTIONS),
+            keys=equal(len(own), 2 * len(QUESTIONS)),
+            calls_under_each=equal(sorted(attempts.values()), [2] * 2 * len(QUESTIONS)),
+            questions_under_each=equal(sorted(map(len, own.values())), [1] * 2 * len(QUESTIONS)),
+        ),
+        control(
+            again,
+            questions=2 * len(QUESTIONS),
+            keys=equal(len(shared), len(QUESTIONS)),
+            questions_under_each=equal(sorted(map(len, shared.values())), [2] * len(QUESTIONS)),
+        ),
+    ]
 
 
 @workflow.defn
@@ -460,268 +521,245 @@ class CallsModel:
     """The control: workflow code that calls the model itself."""
 
     @workflow.run
-    async def run(self, url: str) -> str:
-        body = {"model": "from-workflow-code", "messages": [{"role": "user", "content": "Hello?"}]}
+    async def run(self, url: str, model: str, by: str) -> str:
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello?"}]}
+        if by == "httpx2":
+            return httpx2.post(f"{url}/chat/completions", json=body).text
         with urllib.request.urlopen(f"{url}/chat/completions", json.dumps(body).encode()) as response:
             return str(response.read())
 
 
-QUESTIONS = ["Name a colour.", "Name an animal.", "Name a city."]
-
-
-async def completed(handle: WorkflowHandle[Any, Any], activities: int) -> bool:
-    return (await count_events(handle))["ACTIVITY_TASK_COMPLETED"] >= activities
-
-
-async def kill_between_calls(lab: Lab, model: Endpoint) -> Evidence:
-    ledger, queue = lab.file("between"), f"{lab.id}-between"
-    plan = Interview(model.model, QUESTIONS, ledger, released=2)
-    handle = await lab.client.start_workflow(
-        Interviewer.run, plan, id=queue, task_queue=queue, task_timeout=SOON
-    )  # fmt: skip
-    async with lab.worker_process([Interviewer], [ask], task_queue=queue, **PROMPT) as worker:
-        await until(lambda: completed(handle, 2), "two questions are answered")
-        await worker.kill()
-    async with lab.worker_process([Interviewer], [ask], task_queue=queue, **PROMPT):
-        await handle.signal(Interviewer.release, 3)
-        answers = await handle.result()
-    asked = [line.partition(": ")[2] for line in notes(ledger)]
-    tokens = [answer.tokens for answer in answers]
-    seen = model.calls(keys=queue) if model.local else None
-    right = seen is None or ([one.prompt for one in seen], [one.tokens for one in seen]) == (QUESTIONS, tokens)
-    return works(
-        "worker killed between two calls: each question was put to the model once, and its token count is kept",
-        asked == QUESTIONS and right and all(answer.text for answer in answers) and min(tokens) > 0,
-        f"SIGKILL after 2 of 3 answers; questions asked (ledger): {len(asked)}; calls the model saw: "
-        f"{'not told' if seen is None else len(seen)}; tokens in the result: {tokens}",
-    )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How a faulty model was asked: the calls it saw, and what the workflow got."""
-
-    fault: str
-    calls: list[Call]
-    result: str
-
-    @property
-    def gaps(self) -> list[float]:
-        return [later.at - earlier.at for earlier, later in zip(self.calls, self.calls[1:], strict=False)]
-
-    def __str__(self) -> str:
-        gaps = f", gaps {', '.join(f'{gap:.1f} s' for gap in self.gaps)}" if self.gaps else ""
-        return f"{self.fault}: {len(self.calls)} calls{gaps}, {self.result}"
-
-
-async def try_fault(lab: Lab, model: Endpoint, fault: str, seconds: float = 60, activity: str = "ask") -> Trial:
-    """Ask a model that fails so; a worker is there."""
-    name = f"{lab.id}-{fault.replace(':', '-')}-{activity}"
-    plan = Interview(model.named(fault), QUESTIONS[:1], lab.file("faults"), activity=activity, seconds=seconds)
-    handle = await lab.client.start_workflow(Interviewer.run, plan, id=name, task_queue=lab.task_queue)
-    try:
-        answers = await handle.result()
-        result = "answered" if answers[0].text else "an empty answer"
-    except WorkflowFailureError as error:
-        result = f"failed: {causes(error)[-1]}"
-    return Trial(fault.partition(":")[0], model.calls(keys=f"{name}/"), result)
-
-
-# What is wrong with the model -> how many calls it takes, and whether there is an answer in the end.
-TRIALS = {
-    "429:1": (2, True),
-    "500:2": (3, True),
-    "malformed:1": (2, True),
-    "drop:1": (2, True),
-    "slow:1": (2, True),
-    "400:9": (1, False),
-    "401:9": (1, False),
-}
-
-
-async def faults(lab: Lab, model: Endpoint) -> list[Evidence]:
-    claims = (
-        "429: the next call comes when Retry-After says, not before",
-        "500, a malformed answer, a dropped connection and a slow answer are retried until there is an answer",
-        "400 and 401 are not retried, and the workflow learns why",
-        "every attempt of a call carries the same idempotency key, and every call one of its own",
-    )
-    vain = "an unmapped 400 is retried in vain, as often as the policy allows"
-    if not model.local:
-        return [*(holds(claim, None, UNSEEN) for claim in claims), control(vain, None, UNSEEN)]
-    async with lab.worker_process([Interviewer], [ask, ask_unmapped], **PROMPT):
-        trials = await asyncio.gather(
-            # Only the slow one is to lose patience with the model.
-            *(try_fault(lab, model, fault, 1 if fault == "slow:1" else 60) for fault in TRIALS),
-            try_fault(lab, model, "400:9", activity="ask_unmapped"),
-        )
-    found = dict(zip(TRIALS, trials, strict=False))
-    unmapped = trials[-1]
-    limited, mended = found["429:1"], [found[one] for one in ("500:2", "malformed:1", "drop:1", "slow:1")]
-    refused = [found["400:9"], found["401:9"]]
-    asked = all((len(found[one].calls), found[one].result == "answered") == TRIALS[one] for one in TRIALS)
-    keys = [{call.key for call in trial.calls} for trial in trials]
-    return [
-        holds(
-            claims[0],
-            len(limited.calls) == 2 and limited.result == "answered" and limited.gaps[0] >= RETRY_AFTER,
-            f"Retry-After: {RETRY_AFTER} s; {limited}; without it, after a 500: {mended[0].gaps[0]:.1f} s",
-        ),
-        holds(claims[1], asked, "; ".join(map(str, mended))),
-        holds(
-            claims[2],
-            all(len(one.calls) == 1 and f"HTTP {one.fault}" in one.result for one in refused),
-            "; ".join(map(str, refused)),
-        ),
-        holds(
-            claims[3],
-            all(len(one) == 1 and "" not in one for one in keys) and len(set.union(*keys)) == len(keys),
-            f"{sum(len(trial.calls) for trial in trials)} calls of {len(keys)} activities carried "
-            f"{len(set.union(*keys))} keys (workflow id/activity id)",
-        ),
-        control(vain, len(unmapped.calls) == RETRY.maximum_attempts and "failed" in unmapped.result, str(unmapped)),
-    ]
-
-
-async def call_from_workflow(lab: Lab, model: Endpoint) -> Evidence:
-    queue = f"{lab.id}-direct"
+async def call_from_workflow(lab: Lab, model: "Endpoint") -> list[Evidence]:
+    through = "a call made in workflow code by a library that is passed through is made, and made again by each replay"
+    names = [f"{lab.id}-direct@{by}" for by in ("urllib", "httpx2")]
     url = model.url if model.local else "http://127.0.0.1:9"  # no call is to reach a paid model
-    async with lab.worker_process([CallsModel], [], task_queue=queue, **PROMPT):
+
+    async def begin(name: str) -> Handle:
         # Only the first attempt of a workflow task tells the history why it failed: it must not time out.
-        handle = await lab.client.start_workflow(CallsModel.run, url, id=queue, task_queue=queue, task_timeout=PATIENT)
-        await until(lambda: failed_tasks(handle), "the workflow task failed")
-        message = (await failed_tasks(handle))[0]
-    arrived = len([one for one in model.calls() if one.model == "from-workflow-code"]) if model.local else 0
-    return control(
-        "a call made in workflow code is refused by the sandbox",
-        "Cannot access urllib" in message and arrived == 0,
-        f"{message[:120]}; calls that reached the model: {arrived}",
+        arguments, patience = (url, name, name.partition("@")[2]), timedelta(seconds=30)
+        return await lab.start(
+            CallsModel.run, *arguments, id=name, task_queue=f"{lab.id}-direct", task_timeout=patience
+        )
+
+    async with lab.worker([CallsModel], task_queue=f"{lab.id}-direct"):
+        refused = await begin(names[0])
+        await until(lambda: failed_tasks(refused), "the workflow task failed")
+        made = await begin(names[1]) if model.local else None
+        if made:
+            await ended(made)
+    arrived = {"calls_that_reached_the_model": equal(len(model.calls(names[0])), 0)} if model.local else {}
+    guarded = control(
+        "a call made in workflow code by what is not passed through the sandbox is refused there",
+        urllib=contains((await failed_tasks(refused))[0], "Cannot access urllib"),
+        **arrived,
     )
+    if made is None:
+        return [guarded, not_run("control", through, UNSEEN)]
+    before = len(model.calls(names[1]))
+    await replay(CallsModel, [await made.fetch_history()])
+    again = len(model.calls(names[1])) - before
+    return [guarded, control(through, calls=at_least(before, 1), calls_by_a_replay=at_least(again, 1))]
 
 
-async def kill_inside_call(lab: Lab, model: Endpoint) -> Evidence:
+async def kill_inside_call(lab: Lab, model: "Endpoint") -> Evidence:
     claim = "a worker killed inside a call calls again: the model answers, and bills, twice"
     if not model.local:
-        return limit(claim, None, UNSEEN)
-    queue, slow = f"{lab.id}-inside", model.named("slow:1/inside")
-    plan = Interview(slow, QUESTIONS[:1], lab.file("inside"), missed=NOTICED.total_seconds())
-    handle = await lab.client.start_workflow(Interviewer.run, plan, id=queue, task_queue=queue)
-    async with lab.worker_process([Interviewer], [ask], task_queue=queue, **PROMPT) as worker:
-        await until(lambda: model.calls(keys=queue), "the model was called")
-        await worker.kill()
-    async with lab.worker_process([Interviewer], [ask], task_queue=queue, **PROMPT):
-        await handle.result()
-    calls = model.calls(keys=queue)
+        return not_run("limit", claim, UNSEEN)
+    plan, gate = Plan(f"{lab.id}-inside", QUESTIONS[:1]), lab.gate("inside")
+    seen = await lab.take_over(
+        Interview.run, plan, name="inside",
+        parts=asking(model, faults=[withhold("ask", gate)], shortened=shortened("ask", missed=soon())),
+        point=lambda: lab.calls(f"{lab.id}-inside", "ended"),
+        meanwhile=lambda: open_gate(gate),
+    )  # fmt: skip
+    calls = model.calls(plan.number)
     return limit(
         claim,
-        len(calls) > 1,
-        f"calls for one question: {len(calls)}, with {len({one.key for one in calls})} idempotency key, which "
-        "only helps where the provider heeds it",
+        calls_for_one_question=at_least(len(calls), 2),
+        ended=equal(seen.ending.status, "COMPLETED"),
+        idempotency_keys_which_only_help_where_they_are_heeded=equal(len({call.key for call in calls}), 1),
     )
 
 
 @AI.item("AI-01", "LLM call as activity", seconds=150)
 async def call_as_activity(lab: Lab) -> AsyncIterator[Evidence]:
-    """Workers die between and inside calls, and the model fails in seven ways; the model counts its calls."""
+    """Workers die between and inside calls, and the model fails in eight ways; the model counts its calls."""
     async with an_endpoint(lab) as model:
-        parts = (kill_between_calls, call_from_workflow, kill_inside_call, faults)
+        parts = (kill_between_calls, kill_inside_call, faults, plain_interview, keys, call_from_workflow)
         async for evidence in side_by_side(*(part(lab, model) for part in parts)):
             yield evidence
     yield native(
         "remembering answers and retrying are the SDK's; telling hopeless errors from others is the user's",
-        workflow.execute_activity,
-        (workflow.execute_activity, "retry_policy"),
-        (workflow.execute_activity, "heartbeat_timeout"),
+        workflow.execute_activity_method,
+        (workflow.execute_activity_method, "retry_policy"),
+        (workflow.execute_activity_method, "heartbeat_timeout"),
+        (workflow.execute_activity_method, "start_to_close_timeout"),
+        (RetryPolicy, "maximum_attempts"),
         activity.heartbeat,
         (ApplicationError, "next_retry_delay"),
         (ApplicationError, "non_retryable"),
-        adds=keywords_in([ask], "except"),
+        adds=[*keywords_in([Llm], "except"), "Retry-After", "the key of a call"],
     )
 
 
 # AI-02 Non-determinism -------------------------------------------------------------------------------
-# A model may answer as it likes: what the workflow acts on is the answer in its history. Prompts are
-# code, and change under running agents as code does.
+# A model may answer as it likes: what the workflow acts on is the answer in its history. An answer is input from
+# outside, so it is validated. Prompts are code, and change under running agents as code does.
 
-OPTIONS = ["refund", "replace", "escalate"]
-CHOICE = f"A customer's mug arrived broken. Answer with one word, one of: {', '.join(OPTIONS)}"
+
+class Decision(BaseModel):
+    action: Literal["refund", "replace", "escalate"]
+    pieces: PositiveInt
 
 
 @dataclass
 class Case:
-    model: Model
-    ledger: str  # what activities did
-    decisions: str = ""  # what workflow code decided, each time it ran
+    number: str
+    letter: str
 
 
-@dataclass
-class Deed:
-    kind: str
-    ledger: str
+class Shelf(Protocol):
+    def do(self, key: str, what: str) -> None:
+        """What is asked for twice under one key is done once."""
 
 
-@activity.defn(name="refund")
-async def refund(deed: Deed) -> str:
-    return act(deed)
+class Desk:
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+
+    @activity.defn
+    def refund(self, case: Case) -> None:
+        self.shelf.do(f"{case.number}/refund", "refund")
+
+    @activity.defn
+    def replace(self, case: Case) -> None:
+        self.shelf.do(f"{case.number}/replace", "replace")
+
+    @activity.defn
+    def escalate(self, case: Case) -> None:
+        self.shelf.do(f"{case.number}/escalate", "escalate")
 
 
-@activity.defn(name="replace")
-async def replace(deed: Deed) -> str:
-    return act(deed)
-
-
-@activity.defn(name="escalate")
-async def escalate(deed: Deed) -> str:
-    return act(deed)
-
-
-def act(deed: Deed) -> str:
-    note(deed.ledger, f"{deed.kind} for {activity.info().workflow_id}")
-    return deed.kind
-
-
-async def follow(decision: str, case: Case) -> str:
-    """Act on a decision. Noting it, which workflow code must never do, shows what a replay decides."""
-    note(case.decisions, decision)
-    deed = Deed(decision, case.ledger)
-    done: str = await workflow.execute_activity(decision, deed, result_type=str, start_to_close_timeout=PATIENT)
-    return done
+OLD = ("gpt-4o-mini", "Be brief.")
+NEW = ("", "Be kind and thorough.")  # and the model that the worker has now
 
 
 @workflow.defn
-class ModelDecides:
+class Complaint:
+    """Decides on a complaint, acts, and answers what the customer then writes."""
+
+    def __init__(self) -> None:
+        self.reply = ""
+
     @workflow.run
     async def run(self, case: Case) -> str:
-        question = Question(case.model, CHOICE, case.ledger)
-        answer = await workflow.execute_activity(ask, question, start_to_close_timeout=PATIENT, retry_policy=RETRY)
-        decision = next((option for option in OPTIONS if option in answer.text.lower()), "escalate")
-        return await follow(decision, case)
+        model, manner = self.ways()
+        decision = await self.decide(case, model, manner)
+        await workflow.execute_activity(decision.action, case, start_to_close_timeout=timedelta(minutes=1))
+        await workflow.wait_condition(lambda: self.reply != "")
+        text = f"{manner} Answer this letter: {self.reply}"
+        return (await put(Question(f"{case.number}/letter", text, model))).text
+
+    def ways(self) -> tuple[str, str]:
+        """Who began with the old prompt and model keeps them until the end."""
+        return NEW if workflow.patched("kind-prompt") else OLD
+
+    async def decide(self, case: Case, model: str, manner: str) -> Decision:
+        prompt = f"{manner} What is to be done about this complaint, and for how many pieces? {case.letter}"
+        refused = ""
+        for n in range(1, 4):
+            question = Question(f"{case.number}/decision {n}", prompt + refused, model, Decision.model_json_schema())
+            try:
+                return Decision.model_validate_json((await put(question)).text)
+            except ValidationError as error:
+                refused = f" Your last answer was refused: {error.errors()[0]['msg']}"
+        raise ApplicationError("no valid answer in three tries", type="InvalidAnswer", non_retryable=True)
+
+    @workflow.signal
+    def write(self, reply: str) -> None:
+        self.reply = reply
+
+
+class Printed:
+    """A shelf for the example."""
+
+    def do(self, key: str, what: str) -> None:
+        print(f"To be done: {what}")
+
+
+async def example_ai_02(client: Client) -> None:
+    desk = Desk(Printed())
+    replies = [{"content": text} for text in ("Replace it!", '{"action": "replace", "pieces": 2}', "You are welcome.")]
+    async with Worker(
+        client,
+        task_queue="complaints",
+        workflows=[Complaint],
+        activities=[Llm(rehearsed(*replies), "gpt-5-mini").ask, desk.refund, desk.replace, desk.escalate],
+        activity_executor=ThreadPoolExecutor(10),
+    ):
+        case = Case(str(uuid.uuid4()), "Both mugs arrived broken.")
+        handle = await client.start_workflow(
+            Complaint.run, case, id=f"complaint-{case.number}", task_queue="complaints"
+        )
+        await handle.signal(Complaint.write, "Thank you!")
+        print(await handle.result())
+
+
+# AI-02 put to the test -------------------------------------------------------------------------------
+
+LETTER = "My 2 mugs of the kind 'red mug' arrived broken."
+CASES = 8
+
+
+class Done:
+    """A shelf that keeps its account in a file outside Temporal."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def do(self, key: str, what: str) -> None:
+        note(self.path, f"{key} {what}")
+
+
+TOSSED: dict[str, list[str]] = {}  # what RawChance decided, each time its code ran
 
 
 @workflow.defn(sandboxed=False)
-class RawChance:
+class RawChance(Complaint):
     """The control: the same branches on randomness of its own, which only works without the sandbox."""
 
     @workflow.run
     async def run(self, case: Case) -> str:
-        return await follow(secrets.choice(OPTIONS), case)
+        return await super().run(case)
+
+    async def decide(self, case: Case, model: str, manner: str) -> Decision:
+        action = secrets.choice(["refund", "replace", "escalate"])
+        TOSSED.setdefault(case.number, []).append(action)
+        return Decision.model_validate({"action": action, "pieces": 1})
 
 
-CASES = 8
+@workflow.defn(name="Complaint")
+class ComplaintBefore(Complaint):
+    """The code of before: one prompt, one model."""
+
+    @workflow.run
+    async def run(self, case: Case) -> str:
+        return await super().run(case)
+
+    def ways(self) -> tuple[str, str]:
+        return OLD
 
 
-async def decide(lab: Lab, model: Endpoint, kind: type) -> list[tuple[WorkflowHistory, str]]:
-    """Run some cases to their end. Returns the history of each, and where its decisions were noted."""
-    queue = f"{lab.id}-{kind.__name__}"
-    cases = [Case(model.named("choice"), lab.file(f"{queue}-acts"), lab.file(f"{queue}-{n}")) for n in range(CASES)]
-    async with lab.worker_process([kind], [ask, refund, replace, escalate], task_queue=queue, **PROMPT):
-        handles = [
-            await lab.client.start_workflow(kind.__name__, case, id=f"{queue}-{n}", task_queue=queue)
-            for n, case in enumerate(cases)
-        ]
-        await asyncio.gather(*(handle.result() for handle in handles))
-    histories = [await handle.fetch_history() for handle in handles]
-    return [(history, case.decisions) for history, case in zip(histories, cases, strict=True)]
+@workflow.defn(name="Complaint")
+class ComplaintChanged(Complaint):
+    """The same change without the guard."""
+
+    @workflow.run
+    async def run(self, case: Case) -> str:
+        return await super().run(case)
+
+    def ways(self) -> tuple[str, str]:
+        return NEW
 
 
 async def replay(kind: type, histories: Sequence[WorkflowHistory]) -> list[BaseException | None]:
@@ -732,501 +770,697 @@ async def replay(kind: type, histories: Sequence[WorkflowHistory]) -> list[BaseE
             yield history
 
     replayer = Replayer(workflows=[kind], workflow_runner=sandbox())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(60 * slowness()):
         found = await replayer.replay_workflows(each(), raise_on_replay_failure=False)
     return [found.replay_failures.get(history.run_id) for history in histories]
 
 
-async def model_decides(lab: Lab, model: Endpoint) -> Evidence:
-    decided = await decide(lab, model, ModelDecides)
-    first = [notes(file) for _, file in decided]
-    calls = len(model.calls(model.named("choice"))) if model.local else 0
-    failures = await replay(ModelDecides, [history for history, _ in decided])
-    later = [notes(file)[len(before) :] for (_, file), before in zip(decided, first, strict=True)]
-    asked = len(model.calls(model.named("choice"))) if model.local else 0
-    done = [line for line in notes(lab.file(f"{lab.id}-ModelDecides-acts")) if " for " in line]
-    wanted = [f"{before[0]} for {lab.id}-ModelDecides-{n}" for n, before in enumerate(first)]
-    kinds = Counter(before[0] for before in first)
+def deciding(lab: Lab, model: "Endpoint", *kinds: type, **options: Any) -> dict[str, Any]:
+    """The arguments of a worker for complaints."""
+    desk = Desk(Done(lab.file("done")))
+    activities = [model.llm().ask, desk.refund, desk.replace, desk.escalate]
+    return {"workflows": kinds, "activities": activities, "shortened": shortened("ask"), **PROMPT} | options
+
+
+async def decide(lab: Lab, kind: type) -> tuple[list[WorkflowHistory], list[BaseException | None]]:
+    """Run some cases to their end, and replay them. Returns their histories, and what is wrong with each replay."""
+    name = kind.__name__
+    handles = [
+        await lab.start(name, Case(f"{lab.id}-{name}-case{n}", LETTER), name=f"{name}-{n}", start_signal="write",
+                        start_signal_args=["Thanks."])
+        for n in range(CASES)
+    ]  # fmt: skip
+    await asyncio.gather(*(ended(handle) for handle in handles))
+    histories = [await handle.fetch_history() for handle in handles]
+    return histories, await replay(kind, histories)
+
+
+def deeds(lab: Lab, kind: type) -> list[str]:
+    """What was done for the cases of a kind, in their order."""
+    return [line.split()[1] for line in sorted(notes(lab.file("done"))) if f"-{kind.__name__}-case" in line]
+
+
+async def model_decides(lab: Lab, model: "Endpoint") -> Evidence:
+    number = f"{lab.id}-Complaint-case"
+    histories, failures = await decide(lab, Complaint)
+    kinds = dict(Counter(deeds(lab, Complaint)))
+    facts = {"model_calls": equal(len(model.calls(number)), 2 * CASES)} if model.local else {}
+    facts |= {"different_decisions": at_least(len(kinds), 2)} if model.local else {}
     return works(
         "on replay the workflow decides as the model did at first, and the model is not called",
-        not any(failures)
-        and all(one == [before[0]] for one, before in zip(later, first, strict=True))
-        and sorted(done) == sorted(wanted)
-        and (not model.local or (calls == asked == CASES and len(kinds) > 1)),
-        f"{CASES} runs of one prompt: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}; replayed: "
-        f"{sum(one == [before[0]] for one, before in zip(later, first, strict=True))} decided as before; "
-        f"activities that acted: {len(done)}; calls to the model: "
-        + (f"{calls} before, {asked} after the replays" if model.local else "not told"),
+        runs_of_one_prompt=CASES,
+        decisions=kinds,
+        replays=equal(len(histories), CASES),
+        replays_that_decide_otherwise=equal([str(one) for one in failures if one], []),
+        activities_that_acted=equal(sum(kinds.values()), CASES),
+        **facts,
     )
 
 
-async def raw_chance(lab: Lab, model: Endpoint) -> Evidence:
+async def raw_chance(lab: Lab, model: "Endpoint") -> Evidence:
     """A replay that decides otherwise must be found out; one that happens to decide the same fits."""
-    decided = await decide(lab, model, RawChance)
-    failures = await replay(RawChance, [history for history, _ in decided])
-    differ = found = 0
-    for (_, file), failure in zip(decided, failures, strict=True):
-        decisions = notes(file)
-        differ += decisions[0] != decisions[-1]
-        found += decisions[0] != decisions[-1] and isinstance(failure, workflow.NondeterminismError)
+    histories, failures = await decide(lab, RawChance)
+    tossed = [TOSSED[f"{lab.id}-RawChance-case{n}"] for n in range(CASES)]
+    differ = [decisions[0] != decisions[-1] for decisions in tossed]
+    found = [isinstance(failure, workflow.NondeterminismError) for failure in failures]
     return control(
         "a workflow that branches on raw randomness: a replay that decides otherwise is a NondeterminismError",
-        differ > 0 and found == differ,
-        f"{CASES} histories replayed: {differ} decided otherwise, {found} of them a NondeterminismError",
+        replays=len(histories),
+        that_decided_otherwise=at_least(sum(differ), 1),
+        found_out=equal(found, differ),
     )
 
 
-OLD = "Be brief. Draft an answer."
-NEW = "Be kind and thorough. Draft an answer."
+async def change_prompt(lab: Lab, model: "Endpoint", kind: type) -> tuple[list[list[str]], Handle]:
+    """Deploy `kind` under a running complaint. Returns what it and a new one asked of which model, and the first."""
+    queue = f"{lab.id}-{kind.__name__}-deployed"
+    numbers = [f"{queue}-running", f"{queue}-later"]
+
+    async def begin(number: str) -> Handle:
+        return await lab.start("Complaint", Case(number, LETTER), id=number, task_queue=queue, task_timeout=soon())
+
+    async with lab.worker(**deciding(lab, model, ComplaintBefore, task_queue=queue)):
+        running = await begin(numbers[0])
+        await until(lambda: lab.calls(running.id, "ended")[1:], "it has decided and acted")
+    async with lab.worker(**deciding(lab, model, kind, task_queue=queue)):
+        for handle in (running, await begin(numbers[1])):
+            await handle.signal("write", "Thanks.")
+            await ended(handle)
+    ways = [[f"{call.model}: {call.prompt.partition('.')[0]}" for call in model.calls(number)] for number in numbers]
+    return ways, running
 
 
-@dataclass
-class Drafts:
-    old: Model
-    new: Model
-    ledger: str
+GUARDED = "prompt and model changed under a running agent behind patched(): it ends as it began, new ones get the new"
+MIXED = "a prompt or model changed in the same activity goes unnoticed: one agent mixes both"
 
 
-async def draft(model: Model, prompt: str, plan: Drafts) -> str:
-    question = Question(model, prompt, plan.ledger)
-    answer = await workflow.execute_activity(ask, question, start_to_close_timeout=PATIENT, retry_policy=RETRY)
-    return answer.text
-
-
-class Revising:
-    """Drafts, waits to be told, and drafts again."""
-
-    def __init__(self) -> None:
-        self.revise = False
-
-    async def twice(self, plan: Drafts, prompt: str, model: Model) -> None:
-        await draft(model, prompt, plan)
-        await workflow.wait_condition(lambda: self.revise)
-        await draft(model, f"{prompt} Once more.", plan)
-
-
-@workflow.defn(name="Assistant")
-class Assistant(Revising):
-    @workflow.run
-    async def run(self, plan: Drafts) -> None:
-        await self.twice(plan, OLD, plan.old)
-
-    @workflow.signal
-    def once_more(self) -> None:
-        self.revise = True
-
-
-@workflow.defn(name="Assistant")
-class AssistantPatched(Revising):
-    """Who began with the old prompt and model keeps them; who begins now gets the new ones."""
-
-    @workflow.run
-    async def run(self, plan: Drafts) -> None:
-        if workflow.patched("kind-prompt"):
-            await self.twice(plan, NEW, plan.new)
-        else:
-            await self.twice(plan, OLD, plan.old)
-
-    @workflow.signal
-    def once_more(self) -> None:
-        self.revise = True
-
-
-@workflow.defn(name="Assistant")
-class AssistantChanged(Revising):
-    """The same change without the guard."""
-
-    @workflow.run
-    async def run(self, plan: Drafts) -> None:
-        await self.twice(plan, NEW, plan.new)
-
-    @workflow.signal
-    def once_more(self) -> None:
-        self.revise = True
-
-
-async def change_prompt(lab: Lab, model: Endpoint, kind: type, name: str) -> tuple[list[str], list[str], list[str]]:
-    """Deploy `kind` under a running Assistant. Returns its prompts, those of a new run, and failed tasks."""
-    queue = f"{lab.id}-{name}"
-    plans = [Drafts(model.named(f"old/{name}"), model.named(f"new/{name}"), lab.file(f"{name}-{n}")) for n in (1, 2)]
-    running = await lab.client.start_workflow(
-        Assistant.run, plans[0], id=f"{queue}-running", task_queue=queue, task_timeout=SOON
+async def prompts_change(lab: Lab, model: "Endpoint") -> list[Evidence]:
+    if not model.local:
+        return [not_run("holds", GUARDED, UNSEEN), not_run("limit", MIXED, UNSEEN)]
+    old, new = f"{OLD[0]}: Be brief", f"{model.name}: Be kind and thorough"
+    ((kept, later), guarded), ((mixed, _), changed) = await asyncio.gather(
+        change_prompt(lab, model, Complaint), change_prompt(lab, model, ComplaintChanged)
     )
-    async with lab.worker_process([Assistant], [ask], task_queue=queue, **PROMPT):
-        await until(lambda: completed(running, 1), "the first draft is there")
-    async with lab.worker_process([kind], [ask], task_queue=queue, **PROMPT):
-        later = await lab.client.start_workflow("Assistant", plans[1], id=f"{queue}-later", task_queue=queue)
-        for handle in (running, later):
-            await handle.signal("once_more")
-            await handle.result()
-    prompts = [[line.partition("@")[2] or line.partition(": ")[2] for line in notes(plan.ledger)] for plan in plans]
-    return prompts[0], prompts[1], await failed_tasks(running)
+    return [
+        holds(
+            GUARDED,
+            running_agent=equal(kept, [old, old]),
+            new_agent=equal(later, [new, new]),
+            failed_workflow_tasks=equal(await failed_tasks(guarded), []),
+        ),
+        limit(
+            MIXED,
+            one_agent=equal(mixed, [old, new]),
+            failed_workflow_tasks=equal(await failed_tasks(changed), []),
+        ),
+    ]
 
 
-def drafts_by(model: Endpoint, prompt: str, label: str, times: int = 2) -> list[str]:
-    """What the ledger of an Assistant says when it drafted with this prompt and this model."""
-    texts = [prompt, f"{prompt} Once more."][-times:]
-    return [f"{label}: {text}" if model.local else text for text in texts]
-
-
-async def prompt_guarded(lab: Lab, model: Endpoint) -> Evidence:
-    running, later, failed = await change_prompt(lab, model, AssistantPatched, "guarded")
-    return holds(
-        "prompt and model changed under a running agent behind patched(): it ends as it began, new ones get the new",
-        running == drafts_by(model, OLD, "old/guarded") and later == drafts_by(model, NEW, "new/guarded")
-        and not failed,
-        f"running agent: {' | '.join(running)}; new agent: {' | '.join(later)}; failed workflow tasks: {len(failed)}",
-    )  # fmt: skip
-
-
-async def prompt_unguarded(lab: Lab, model: Endpoint) -> Evidence:
-    running, _, failed = await change_prompt(lab, model, AssistantChanged, "unguarded")
-    mixed = drafts_by(model, OLD, "old/unguarded")[:1] + drafts_by(model, NEW, "new/unguarded", 1)
-    return limit(
-        "a prompt or model changed in the same activity goes unnoticed: one agent mixes both",
-        running == mixed and not failed,
-        f"one agent asked: {' | '.join(running)}; failed workflow tasks: {len(failed)}",
-    )
-
-
-class Ticket(BaseModel):
-    product: str
-    quantity: PositiveInt
-
-
-@workflow.defn
-class Extract:
-    """A model's JSON is input from outside: it is validated, and refused with the reason."""
-
-    @workflow.run
-    async def run(self, model: Model, text: str, ledger: str) -> dict[str, Any]:
-        prompt = text
-        for _ in range(3):
-            question = Question(model, prompt, ledger, schema=Ticket.model_json_schema())
-            answer = await workflow.execute_activity(ask, question, start_to_close_timeout=PATIENT, retry_policy=RETRY)
-            try:
-                return Ticket.model_validate_json(answer.text).model_dump()
-            except ValidationError as error:
-                prompt = f"{text} Your last answer was refused: {error.errors()[0]['msg']}"
-        raise ApplicationError("no valid answer in three tries", type="InvalidAnswer")
-
-
-async def structured(lab: Lab, model: Endpoint) -> Evidence:
+async def structured(lab: Lab, model: "Endpoint") -> Evidence:
     claim = "a structured answer is validated by pydantic; an invalid one is asked for again with the error"
     if not model.local:
-        return holds(claim, None, UNSEEN)
-    mending, never, queue = model.named("mending:99"), model.named("invalid:99"), f"{lab.id}-structured"
-    text, ledger = "I want 2 of the 'red mug'.", lab.file("structured")
-    refused = ""
-    async with lab.worker_process([Extract], [ask], task_queue=queue, **PROMPT):
-        ticket = await lab.client.execute_workflow(
-            Extract.run, args=[mending, text, ledger], id=f"{queue}-mending", task_queue=queue
-        )
-        try:
-            await lab.client.execute_workflow(
-                Extract.run, args=[never, text, ledger], id=f"{queue}-never", task_queue=queue
-            )
-        except WorkflowFailureError as error:
-            refused = str(causes(error)[-1])
-    prompts = list(dict.fromkeys(one.prompt.removeprefix(text).strip() for one in model.calls(mending)))
+        return not_run("holds", claim, UNSEEN)
+    numbers = [f"{lab.id}-structured@{fault}:99" for fault in ("mending", "invalid")]
+    thanks: dict[str, Any] = {"start_signal": "write", "start_signal_args": ["Thanks."]}
+    mending, never = [await lab.start("Complaint", Case(number, LETTER), id=number, **thanks) for number in numbers]
+    how, refused = await asyncio.gather(ended(mending), ended(never))
+    prompts = [call.prompt.partition(LETTER)[2].strip() for call in model.calls(f"{numbers[0]}/decision")]
+    prompts += ["nothing"] * (3 - len(prompts))
     return holds(
         claim,
-        ticket == {"product": "red mug", "quantity": 2} and len(prompts) == 3 and prompts[0] == ""
-        and "Invalid JSON" in prompts[1] and "valid integer" in prompts[2]
-        and "InvalidAnswer" in refused and len(model.calls(never)) >= 3,
-        f"{len(model.calls(mending))} calls, then {ticket}; said to it: {prompts[1][:60]!r}, {prompts[2][:90]!r}; "
-        f"never valid: {len(model.calls(never))} calls, then {refused}",
-    )  # fmt: skip
+        calls=equal(len(model.calls(f"{numbers[0]}/decision")), 3),
+        said_with_the_first=equal(prompts[0], ""),
+        with_the_second=contains(prompts[1], "refused: Invalid JSON"),
+        with_the_third=contains(prompts[2], "refused: Input should be a valid integer"),
+        then=equal([how.status, len(lab.calls(mending.id, "ended"))], ["COMPLETED", 5]),
+        never_valid=equal([len(model.calls(numbers[1])), str(refused)], [3, "FAILED: no valid answer in three tries"]),
+        acted_without_one=equal(sorted({call.activity for call in lab.calls(never.id)}), ["ask"]),
+    )
 
 
 @AI.item("AI-02", "Non-determinism", seconds=150)
 async def non_determinism(lab: Lab) -> AsyncIterator[Evidence]:
     """A model that answers at random decides; prompts, models and answers change under running agents."""
-    async with an_endpoint(lab) as model:
-        parts = (raw_chance, prompt_guarded, prompt_unguarded, structured, model_decides)
+    async with an_endpoint(lab) as model, lab.worker(**deciding(lab, model, Complaint, RawChance)):
+        parts = (raw_chance, prompts_change, structured, model_decides)
         async for evidence in side_by_side(*(part(lab, model) for part in parts)):
             yield evidence
     yield native(
         "recorded decisions and guarded changes are the SDK's; validating answers is the user's",
         workflow.execute_activity,
+        workflow.execute_activity_method,
         workflow.patched,
         workflow.NondeterminismError,
-        Replayer.replay_workflow,
+        Replayer.replay_workflows,
         WorkflowHandle.fetch_history,
-        adds=keywords_in([Extract], "except"),
+        adds=keywords_in([Complaint], "except"),
     )
 
 
 # AI-03 Human in the loop -----------------------------------------------------------------------------
-# A person is the slowest tool of an agent. The workflow waits for days as for seconds, and refuses what
-# it must before anything is written down.
+# A person is the slowest tool of an agent. The workflow waits for days as for seconds, and refuses what it must before
+# anything is written down. A run answers ten updates at a time and two thousand in all: an agent that many people talk
+# to only takes their messages into a queue, and continues as new.
 
 APPROVERS = ("ana", "ben")
+MINUTE = timedelta(minutes=1)
 
 
 @dataclass
-class Request:
-    model: Model
-    ledger: str
-    patience: float = 3600  # seconds until it goes to someone else
+class Refund:
+    number: str
+    patience: float = 3 * 86400  # seconds until it goes to someone else
 
 
 @dataclass
-class Decision:
+class Word:
     by: str
     approve: bool
     amount: int
 
+    def outcome(self) -> str:
+        return f"paid {self.amount}" if self.approve else "declined"
 
-@activity.defn
-async def settle(ledger: str, outcome: str) -> str:
-    note(ledger, f"{outcome} at {time.time()}")
-    return outcome
+
+@dataclass
+class Message:
+    number: str
+    text: str
+
+
+class Office(Protocol):
+    def enter(self, number: str, text: str) -> None:
+        """What is entered twice under one number counts once."""
+
+
+class Clerk:
+    def __init__(self, office: Office) -> None:
+        self.office = office
+
+    @activity.defn
+    def settle(self, outcome: Message) -> None:
+        self.office.enter(outcome.number, outcome.text)
+
+
+async def settle(number: str, text: str) -> None:
+    await workflow.execute_activity_method(Clerk.settle, Message(number, text), start_to_close_timeout=MINUTE)
 
 
 @workflow.defn
 class Approval:
-    """Has a model draft a request, and pays when a person approves of it in time."""
+    """Has a model draft a refund, and pays when a person approves of it in time. One run a request."""
 
     def __init__(self) -> None:
-        self.decision: Decision | None = None
+        self.outcome = ""
 
     @workflow.run
-    async def run(self, request: Request) -> str:
-        question = Question(request.model, "Draft a refund request of one sentence.", request.ledger)
-        await workflow.execute_activity(ask, question, start_to_close_timeout=PATIENT, retry_policy=RETRY)
+    async def run(self, refund: Refund) -> str:
+        await put(Question(f"{refund.number}/draft", "Draft a refund request of one sentence."))
         try:
-            await workflow.wait_condition(lambda: self.decision is not None, timeout=request.patience)
-            outcome = self.outcome()
+            await workflow.wait_condition(lambda: self.outcome != "", timeout=refund.patience)
         except TimeoutError:
-            outcome = "escalated"
-        return await workflow.execute_activity(
-            settle, args=[request.ledger, outcome], start_to_close_timeout=PATIENT
-        )  # fmt: skip
-
-    def outcome(self) -> str:
-        assert self.decision
-        return f"paid {self.decision.amount}" if self.decision.approve else "declined"
+            self.outcome = self.outcome or "escalated"
+        await settle(refund.number, self.outcome)
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        return self.outcome
 
     @workflow.update
-    async def decide(self, decision: Decision) -> str:
-        self.decision = decision
-        return f"{workflow.info().workflow_id}: {self.outcome()}, as {decision.by} said"
+    def decide(self, word: Word) -> str:
+        self.outcome = word.outcome()
+        return f"{self.outcome}, as {word.by} said"
 
     @decide.validator
-    def check(self, decision: Decision) -> None:
+    def check(self, word: Word) -> None:
         """Runs before the update is accepted: what it refuses leaves no trace in the history."""
-        if self.decision:
-            raise ApplicationError(f"{self.decision.by} has decided already")
-        if decision.by not in APPROVERS:
-            raise ApplicationError(f"{decision.by} may not decide this")
-        if decision.amount <= 0:
+        if self.outcome:
+            raise ApplicationError(f"it is {self.outcome} already")
+        if word.by not in APPROVERS:
+            raise ApplicationError(f"{word.by} may not decide this")
+        if word.amount <= 0:
             raise ApplicationError("the amount must be positive")
 
     @workflow.signal
-    def decide_later(self, decision: Decision) -> None:
+    def decide_later(self, word: Word) -> None:
         # A signal cannot refuse: whoever sent it is gone. It can only be ignored.
-        if decision.by in APPROVERS and self.decision is None:
-            self.decision = decision
+        if word.by in APPROVERS and not self.outcome:
+            self.outcome = word.outcome()
 
 
-YES = Decision("ana", True, 20)
+@dataclass
+class Inbox:
+    """What an assistant takes along into its next run."""
+
+    queue: list[Message] = field(default_factory=list)
+    closed: bool = False
 
 
-async def waiting(handle: WorkflowHandle[Any, Any]) -> bool:
-    """The draft is there, and the workflow task that heard of it is done: it waits for a person."""
-    count = await count_events(handle)
-    return count["TIMER_STARTED"] == 1
+@workflow.defn
+class Assistant:
+    """Many people talk to it. An update only takes a message; the answer goes out by an activity."""
+
+    @workflow.init
+    def __init__(self, inbox: Inbox) -> None:
+        self.inbox = inbox
+
+    @workflow.run
+    async def run(self, inbox: Inbox) -> None:
+        while (self.inbox.queue or not self.inbox.closed) and not self.is_long():
+            await workflow.wait_condition(lambda: bool(self.inbox.queue) or self.inbox.closed or self.is_long())
+            if self.inbox.queue:
+                await self.answer(self.inbox.queue[0])
+                del self.inbox.queue[0]
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        if self.inbox.queue or not self.inbox.closed:
+            workflow.continue_as_new(self.inbox)
+
+    async def answer(self, message: Message) -> None:
+        try:
+            text = (await put(Question(message.number, message.text))).text
+        except ActivityError as error:  # of one message, which must not be the end of the others
+            text = f"there is no answer: {error.cause}"
+        await settle(message.number, text)
+
+    def is_long(self) -> bool:
+        """The server suggests it before a run's updates, or its events, are too many."""
+        return workflow.info().is_continue_as_new_suggested()
+
+    @workflow.update
+    async def bring(self, message: Message) -> int:
+        """Returns how many are before this one."""
+        self.inbox.queue.append(message)
+        return len(self.inbox.queue) - 1
+
+    @workflow.signal
+    def close(self) -> None:
+        self.inbox.closed = True
 
 
-def settled(ledger: str) -> list[str]:
-    """What was really done in the end."""
-    return [line.partition(" at ")[0] for line in notes(ledger) if " at " in line]
+class Paper:
+    """An office for the example."""
+
+    def enter(self, number: str, text: str) -> None:
+        print(f"{number}: {text}")
 
 
-async def refused(handle: WorkflowHandle[Any, Any], decision: Decision) -> str:
-    """Why an update is refused; empty when it is not."""
+async def example_ai_03(client: Client) -> None:
+    llm, clerk = Llm(rehearsed({"content": "Please refund it."}, {"content": "Hello!"}), "gpt-5-mini"), Clerk(Paper())
+    async with Worker(
+        client,
+        task_queue="approvals",
+        workflows=[Approval, Assistant],
+        activities=[llm.ask, clerk.settle],
+        activity_executor=ThreadPoolExecutor(10),
+    ):
+        number = str(uuid.uuid4())
+        approval = await client.start_workflow(
+            Approval.run, Refund(number), id=f"refund-{number}", task_queue="approvals"
+        )
+        # The id is what makes it safe to send it again, when no answer came.
+        print(await approval.execute_update(Approval.decide, Word("ana", True, 20), id="ana-1"))
+        await approval.result()
+        chat = await client.start_workflow(Assistant.run, Inbox(), id=f"assistant-{number}", task_queue="approvals")
+        await chat.execute_update(Assistant.bring, Message("message 1", "Hello?"))
+        await chat.signal(Assistant.close)
+        await chat.result()
+
+
+# AI-03 put to the test -------------------------------------------------------------------------------
+
+YES = Word("ana", True, 20)
+
+
+class Ledger:
+    """An office whose books are a file outside Temporal."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def enter(self, number: str, text: str) -> None:
+        note(self.path, f"{number}: {text}")
+
+
+@workflow.defn
+class Answers(Assistant):
+    """The control: an assistant whose updates wait for the model's answer."""
+
+    @workflow.run
+    async def run(self, inbox: Inbox) -> None:
+        await super().run(inbox)
+
+    @workflow.update
+    async def bring(self, message: Message) -> int:  # type: ignore[override]
+        await put(Question(message.number, message.text))
+        return 0
+
+
+@workflow.defn
+class Stays(Assistant):
+    """The control: an assistant that never continues as new."""
+
+    @workflow.run
+    async def run(self, inbox: Inbox) -> None:
+        await super().run(inbox)
+
+    def is_long(self) -> bool:
+        return False
+
+
+class Bureau:
+    """Where the trials are: approvals and assistants, and what was really done for them."""
+
+    def __init__(self, lab: Lab, model: "Endpoint") -> None:
+        self.lab, self.model, self.path = lab, model, lab.file("office")
+
+    def parts(self, **options: Any) -> dict[str, Any]:
+        """The arguments of a worker."""
+        held = [
+            hold("settle", self.lab.gate("settle")).of(f"{self.lab.id}-update"),
+            hold("settle", self.lab.gate("late")).of(f"{self.lab.id}-expires"),
+            hold("ask", self.lab.gate("ask")).of(f"{self.lab.id}-answers"),
+            hold("ask", self.lab.gate("ask")).of(f"{self.lab.id}-queues"),
+        ]
+        activities = [self.model.llm().ask, Clerk(Ledger(self.path)).settle]
+        return {
+            "workflows": [Approval, Assistant, Answers, Stays],
+            "activities": activities,
+            "faults": held,
+            "shortened": shortened("ask"),
+            **PROMPT,
+        } | options
+
+    async def approval(self, name: str, patience: float = 3600, **options: Any) -> Handle:
+        """Start an approval, and wait until it has heard of the draft, and waits for a person."""
+        number = f"{self.lab.id}-{name}"
+        handle = await self.lab.start(Approval.run, Refund(number, patience), id=number, **options)
+        await until(lambda: self.waits(handle), "the request waits for a person", every=0.02)
+        return handle
+
+    async def waits(self, handle: Handle) -> bool:
+        return (await count_events(handle))["TIMER_STARTED"] == 1
+
+    def done(self, handle: Handle) -> list[str]:
+        """What was really done in the end."""
+        lines = [line.partition(": ") for line in notes(self.path)]
+        return [text for number, _, text in lines if number.startswith(handle.id)]
+
+    def drafts(self, handle: Handle) -> int:
+        return [call.activity for call in self.lab.calls(handle.id)].count("ask")
+
+
+async def sent(update: Any) -> str:
+    """The answer to an update, or why there is none."""
     try:
-        await handle.execute_update(Approval.decide, decision)
+        async with asyncio.timeout(20 * slowness()):
+            return str(await update)
+    except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
+        return "no answer"
     except WorkflowUpdateFailedError as error:
-        return str(error.cause)
-    return ""
+        return f"refused: {error.cause}"
+    except RPCError as error:
+        return f"{error.status.name}: {error.message}"
 
 
-async def by_update(lab: Lab, model: Endpoint) -> Evidence:
-    queue, ledger = f"{lab.id}-update", lab.file("update")
-    bad = [Decision("mallory", True, 20), Decision("ana", True, -5)]
-    # Nothing but the decision is to be written, so the workflow stays open: a second worker pays later.
-    async with lab.worker_process([Approval], [ask], task_queue=queue, **PROMPT) as worker:
-        handle = await lab.client.start_workflow(Approval.run, Request(model.model, ledger), id=queue, task_queue=queue)
-        await until(lambda: waiting(handle), "the request waits for a person")
-        before = len(await history_of(handle))
-        reasons = [await refused(handle, one) for one in bad]
-        added = (await history_of(handle))[before:]
-        answer = await handle.execute_update(Approval.decide, YES)
-        before = len(await history_of(handle))
-        reasons.append(await refused(handle, Decision("ben", False, 1)))
-        added += (await history_of(handle))[before:]
-        await worker.kill()
-    async with lab.worker_process([Approval], [ask, settle], task_queue=queue, **PROMPT):
-        result = await handle.result()
-    updates = (await count_events(handle))["WORKFLOW_EXECUTION_UPDATE_ACCEPTED"]
-    # On a busy machine the workflow task that asked the validator may be kept; what was refused never is.
-    traces = [one for one in added if not one["eventType"].startswith("EVENT_TYPE_WORKFLOW_TASK_")]
+async def by_update(lab: Lab, bureau: Bureau) -> Evidence:
+    handle = await bureau.approval("update")
+    # On a busy machine the workflow tasks that asked the validator may be kept: outline() leaves them out.
+    before = outline(await handle.fetch_history())
+    bad = [Word("mallory", True, 20), Word("ana", True, -5)]
+    refused = [await sent(handle.execute_update(Approval.decide, one)) for one in bad]
+    after = outline(await handle.fetch_history())
+    answer = await handle.execute_update(Approval.decide, YES)
+    await until(lambda: [one for one in lab.calls(handle.id) if one.activity == "settle"], "it is being paid")
+    again = outline(await handle.fetch_history())
+    refused.append(await sent(handle.execute_update(Approval.decide, Word("ben", False, 1))))
+    at_last = outline(await handle.fetch_history())
+    open_gate(lab.gate("settle"))
+    how = await ended(handle)
     return works(
         "approved by update; its validator refuses unauthorised, bad and repeated ones, which leave no trace",
-        all(reasons) and not traces and updates == 1 and answer.endswith("paid 20, as ana said")
-        and result == "paid 20" and settled(ledger) == ["paid 20"],
-        f"refused: {'; '.join(reasons)}; events that tell of them: {len(traces)} "
-        f"(beside {len(added) - len(traces)} of the workflow tasks that asked); "
-        f"then {answer!r}; updates in the history: {updates}; done: {settled(ledger)}",
+        refused=equal(
+            refused,
+            [f"refused: {why}" for why in ("mallory may not decide this", "the amount must be positive",
+                                           "it is paid 20 already")],
+        ),
+        events_that_tell_of_them=equal(
+            [len(after.splitlines()) - len(before.splitlines()), len(at_last.splitlines()) - len(again.splitlines())],
+            [0, 0],
+        ),
+        answer=equal(answer, "paid 20, as ana said"),
+        updates_in_the_history=equal((await count_events(handle))["WORKFLOW_EXECUTION_UPDATE_ACCEPTED"], 1),
+        result=equal(how.result, "paid 20"),
+        done=equal(bureau.done(handle), ["paid 20"]),
     )  # fmt: skip
 
 
-async def by_signal(lab: Lab, model: Endpoint) -> Evidence:
-    queue, ledger = f"{lab.id}-signal", lab.file("signal")
-    async with lab.worker_process([Approval], [ask, settle], task_queue=queue, **PROMPT):
-        handle = await lab.client.start_workflow(Approval.run, Request(model.model, ledger), id=queue, task_queue=queue)
-        await until(lambda: waiting(handle), "the request waits for a person")
-        await handle.signal(Approval.decide_later, Decision("mallory", True, 500))
-        await handle.signal(Approval.decide_later, Decision("ben", False, 20))
-        result = await handle.result()
+async def by_signal(lab: Lab, bureau: Bureau) -> Evidence:
+    handle = await bureau.approval("signal")
+    await handle.signal(Approval.decide_later, Word("mallory", True, 500))
+    await handle.signal(Approval.decide_later, Word("ben", False, 20))
+    how = await ended(handle)
     return works(
         "decided by signal; an unauthorised one has no effect",
-        result == "declined" and settled(ledger) == ["declined"],
-        f"mallory approves 500, ben declines: {result}; done: {settled(ledger)}",
+        mallory_approves_500_and_ben_declines=equal(how.result, "declined"),
+        done=equal(bureau.done(handle), ["declined"]),
     )
 
 
-async def while_all_is_down(lab: Lab, model: Endpoint) -> list[Evidence]:
-    """Two requests wait; worker and server are killed, and one of the two expires before they are back."""
-    patient, hasty, queue = lab.file("patient"), lab.file("hasty"), f"{lab.id}-down"
-    requests = (Request(model.model, patient), Request(model.model, hasty, patience=4))
-    async with lab.private_server(file=True) as server:
-        handles = [
-            await server.client.start_workflow(
-                Approval.run, request, id=f"{queue}-{request.patience}", task_queue=queue, task_timeout=SOON
-            )
-            for request in requests
-        ]
-        async with lab.worker_process([Approval], [ask, settle], server=server, task_queue=queue, **PROMPT) as worker:
-            for handle in handles:
-                await until(lambda: waiting(handle), "the request waits for a person", every=0.02)  # noqa: B023
-            begun = time.time()
-            await worker.kill()
-        server.kill()
-        early = settled(hasty)
-        await asyncio.sleep(begun + 4.5 - time.time())  # time is the subject: it runs out while all is down
-        await server.start()
-        back = time.time()
-        async with lab.worker_process([Approval], [ask, settle], server=server, task_queue=queue, **PROMPT):
-            escalated = await handles[1].result()
-            answer = await handles[0].execute_update(Approval.decide, YES, id="ana-1")
-            again = await handles[0].execute_update(Approval.decide, Decision("ben", False, 9), id="ana-1")
-            result = await handles[0].result()
-    at = float(notes(hasty)[-1].partition(" at ")[2])
-    asked = [len([line for line in notes(file) if "Draft" in line]) for file in (patient, hasty)]
+async def expires(lab: Lab, bureau: Bureau) -> list[Evidence]:
+    """Nobody decides in time, and then somebody does while it is being escalated."""
+    handle = await lab.start(Approval.run, Refund(f"{lab.id}-expires", 1), name="expires")
+    await until(lambda: [one for one in lab.calls(handle.id) if one.activity == "settle"], "it is being escalated")
+    late = await sent(handle.execute_update(Approval.decide, YES))
+    open_gate(lab.gate("late"))
+    how = await ended(handle)
+    events = await history_of(handle)
+    waited = event_times(events, "TIMER_FIRED")[0] - event_times(events, "TIMER_STARTED")[0]
     return [
         holds(
-            "waits over SIGKILL of worker and server: the decision then counts, and nothing was asked again",
-            result == "paid 20" and settled(patient) == ["paid 20"] and asked == [1, 1],
-            f"both down for {back - begun:.1f} s; then {answer!r}; done: {settled(patient)}; drafts asked: {asked}",
+            "nobody decides: it is escalated, not before the time is over",
+            after=at_least(figure(waited.total_seconds(), "s"), 1),
+            result=equal(how.result, "escalated"),
+            done=equal(bureau.done(handle), ["escalated"]),
         ),
         holds(
-            "a request whose time ran out while all was down is escalated when it is up again",
-            escalated == "escalated" and settled(hasty) == ["escalated"] and not early and at > back,
-            f"its 4 s ran out while server and worker were down; escalated {at - back:.1f} s after the server was back",
-        ),
-        holds(
-            "an update sent again under its id gives the recorded answer, whatever it says now",
-            answer == again and answer.endswith("paid 20, as ana said") and settled(patient) == ["paid 20"],
-            f"update ana-1: {answer!r}; again, now with ben declining: {again!r}; done: {settled(patient)}",
+            "who decides when it is being escalated is told that it is too late",
+            answer=equal(late, "refused: it is escalated already"),
+            done=equal(bureau.done(handle), ["escalated"]),
         ),
     ]
 
 
-async def expires(lab: Lab, model: Endpoint) -> Evidence:
-    queue, ledger = f"{lab.id}-expires", lab.file("expires")
-    async with lab.worker_process([Approval], [ask, settle], task_queue=queue, **PROMPT):
-        request = Request(model.model, ledger, patience=1)
-        handle = await lab.client.start_workflow(Approval.run, request, id=queue, task_queue=queue)
-        result = await handle.result()
-    events = await history_of(handle)
-    waited = event_times(events, "TIMER_FIRED")[0] - event_times(events, "TIMER_STARTED")[0]
-    return holds(
-        "nobody decides: it is escalated, not before the time is over",
-        result == "escalated" and settled(ledger) == ["escalated"] and waited.total_seconds() >= 1,
-        f"patience 1 s; escalated after {waited.total_seconds():.2f} s; done: {settled(ledger)}",
-    )
-
-
-async def plain_approval(ledger: str, inbox: str) -> None:
-    """The control: a program that waits for input keeps what it waits for in its memory."""
-    waiting = secrets.token_hex(4)
-    note(ledger, f"waiting {waiting}")
-    while not notes(inbox):
-        await asyncio.sleep(0.02)
-    known = notes(inbox)[0] == waiting
-    note(ledger, "paid" if known else "no such request")
-
-
-async def plain_process(lab: Lab, model: Endpoint) -> Evidence:
-    ledger, inbox = lab.file("plain"), lab.file("inbox")
-    async with lab.process(plain_approval, ledger, inbox) as program:
-        await until(lambda: notes(ledger), "the program waits")
-        await program.kill()
-    async with lab.process(plain_approval, ledger, inbox) as program:
-        await until(lambda: len(notes(ledger)) == 2, "the program waits again")
-        note(inbox, notes(ledger)[0].removeprefix("waiting "))  # the person approves what they were shown
-        await program.wait()
-    return control(
-        "a plain program that waits for input has lost the request after a kill",
-        notes(ledger)[-1] == "no such request" and len(notes(ledger)) == 3,
-        f"shown to a person, SIGKILL, restart, approved: {notes(ledger)[-1]!r}",
-    )
-
-
-async def timed_out_client(lab: Lab, model: Endpoint) -> list[Evidence]:
+async def timed_out_client(lab: Lab, bureau: Bureau) -> list[Evidence]:
     """The update is sent while no worker runs, and its sender loses patience."""
-    queue, ledger = f"{lab.id}-late", lab.file("late")
-    async with lab.worker_process([Approval], [ask, settle], task_queue=queue, **PROMPT):
-        handle = await lab.client.start_workflow(Approval.run, Request(model.model, ledger), id=queue, task_queue=queue)
-        await until(lambda: waiting(handle), "the request waits for a person")
+    queue = f"{lab.id}-late-queue"
+    async with lab.worker(**bureau.parts(task_queue=queue)):
+        handle = await bureau.approval("late", task_queue=queue)
     told = "an answer"
     try:
         async with asyncio.timeout(2):
             await handle.execute_update(Approval.decide, YES, id="ana-1")
     except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
         told = type(error).__name__
-    async with lab.worker_process([Approval], [ask, settle], task_queue=queue, **PROMPT):
-        result = await handle.result()
-        again = await handle.execute_update(Approval.decide, YES, id="ana-1")
+    async with lab.worker(**bureau.parts(task_queue=queue)):
+        how = await ended(handle)
+        again = await sent(handle.execute_update(Approval.decide, YES, id="ana-1"))
+    accepted = (await count_events(handle))["WORKFLOW_EXECUTION_UPDATE_ACCEPTED"]
     return [
         limit(
             "whoever sends an update and times out does not know that it will still be applied",
-            told != "an answer" and result == "paid 20" and settled(ledger) == ["paid 20"],
-            f"no worker: the client got {told} after 2 s; once a worker was there: {result}",
+            the_client_got_after_2_s=differs(told, "an answer"),
+            once_a_worker_was_there=equal(how.result, "paid 20"),
+            done=equal(bureau.done(handle), ["paid 20"]),
         ),
         holds(
             "sent again with the same update id, it gives the answer that was missed, and is applied once",
-            again.endswith("paid 20, as ana said") and settled(ledger) == ["paid 20"],
-            f"{again!r}; done: {settled(ledger)}",
+            answer=equal(again, "paid 20, as ana said"),
+            updates_in_the_history=equal(accepted, 1),
+            done=equal(bureau.done(handle), ["paid 20"]),
+        ),
+    ]
+
+
+async def wait_for_input(ledger: str, inbox: str) -> None:
+    """The control: a program that waits for input keeps what it waits for in its memory."""
+    waiting = secrets.token_hex(4)
+    note(ledger, f"waiting {waiting}")
+    await until(lambda: notes(inbox), "somebody approved")
+    note(ledger, "paid" if notes(inbox)[0] == waiting else "no such request")
+
+
+async def plain_process(lab: Lab, bureau: Bureau) -> Evidence:
+    ledger, inbox = lab.file("plain"), lab.file("inbox")
+    async with lab.process(wait_for_input, ledger, inbox) as program:
+        await until(lambda: notes(ledger), "the program waits")
+        await program.kill()
+    async with lab.process(wait_for_input, ledger, inbox) as program:
+        await until(lambda: len(notes(ledger)) == 2, "the program waits again")
+        note(inbox, notes(ledger)[0].removeprefix("waiting "))  # the person approves what they were shown
+        await program.wait()
+    return control(
+        "a plain program that waits for input has lost the request after a kill",
+        shown_to_a_person_then_killed_restarted_and_approved=equal(notes(ledger)[2:], ["no such request"]),
+    )
+
+
+CROWD = 12
+
+
+async def in_crowds(lab: Lab, bureau: Bureau) -> list[Evidence]:
+    """More people than ten talk to an agent whose model takes its time."""
+    answers, queues = [
+        await lab.start(kind.run, Inbox(), name=name) for kind, name in ((Answers, "answers"), (Assistant, "queues"))
+    ]
+    # A client with the defaults sends again for ten seconds what is refused like this.
+    impatient = await connect(lab.target, retry_config=RetryConfig(max_retries=1, max_elapsed_time_millis=1))
+    direct = impatient.get_workflow_handle_for(Assistant.run, answers.id)
+    told = [await sent(accepted(direct, Message(f"{answers.id}/{n}", "Hello?"))) for n in range(CROWD)]
+    messages = [Message(f"{queues.id}/{n}", "Hello?") for n in range(CROWD)]
+    places = await asyncio.gather(*(sent(queues.execute_update(Assistant.bring, one)) for one in messages))
+    by_then = bureau.done(queues)
+    open_gate(lab.gate("ask"))
+    for handle in (answers, queues):
+        await handle.signal(Assistant.close)
+        await ended(handle)
+    return [
+        limit(
+            "an agent whose updates wait for the model's answer takes only so many at a time: others are refused",
+            sent=CROWD,
+            accepted=at_most(told.count("accepted"), CROWD - 1),
+            others=equal([one for one in told if one != "accepted" and not one.startswith("RESOURCE_EXHAUSTED")], []),
+            in_words=told[-1],
+        ),
+        holds(
+            "an agent whose updates only take messages into a queue takes them all, and answers one after the other",
+            sent_at_once=CROWD,
+            places=equal(sorted(places, key=lambda place: (len(place), place)), [str(n) for n in range(CROWD)]),
+            answered_by_then=equal(by_then, []),
+            answered=equal(len(bureau.done(queues)), CROWD),
+        ),
+    ]
+
+
+async def accepted(handle: Any, message: Message) -> str:
+    await handle.start_update(Assistant.bring, message, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
+    return "accepted"
+
+
+# Settings that no user has, so that the limit is met after few messages.
+LOWERED = {
+    "history.maxTotalUpdates": "12",  # 2000
+    "history.maxTotalUpdates.suggestContinueAsNewThreshold": "0.5",  # 0.9
+}
+MESSAGES = 18
+IN_ALL = "an agent that never continues as new takes only so many updates in all, and then refuses every one"
+CONTINUED = "an agent that continues as new when it is suggested takes more: each message is answered once"
+OUTLIVED = "waits over SIGKILL of worker and server: the decision then counts, and nothing was asked again"
+RAN_OUT = "a request whose time ran out while all was down is escalated when it is up again"
+RECORDED = "an update sent again under its id gives the recorded answer, whatever it says now"
+
+
+@piece(limit(IN_ALL), holds(CONTINUED), holds(OUTLIVED), holds(RAN_OUT), holds(RECORDED))
+async def on_a_server_of_its_own(lab: Lab, bureau: Bureau) -> list[Evidence]:
+    async with lab.private_server(file=True, settings=LOWERED) as server:
+        async with lab.worker(**bureau.parts(server=server)):
+            counted = await many_in_all(lab, bureau, server)
+        return [*counted, *await while_all_is_down(lab, bureau, server)]
+
+
+async def many_in_all(lab: Lab, bureau: Bureau, server: Server) -> list[Evidence]:
+    stays = await lab.start(Stays.run, Inbox(), name="stays", server=server)
+    moves = await lab.start(Assistant.run, Inbox(), name="moves", server=server)
+    told: list[list[str]] = [[], []]
+    for handle, answers in zip((stays, moves), told, strict=True):
+        for n in range(MESSAGES):
+            answers.append(await sent(handle.execute_update(Assistant.bring, Message(f"{handle.id}/{n}", "Hello?"))))
+    for handle in (stays, moves):
+        await handle.signal(Assistant.close)
+        await ended(handle)
+    taken = [sum(answer.isdecimal() for answer in answers) for answers in told]
+    lowered = "12 updates, and a new run is suggested after half of them, instead of 2000 and nine tenths"
+    runs = {call.run for call in lab.calls(moves.id)}
+    asked = Counter(call.argument["key"] for call in lab.calls(moves.id) if call.activity == "ask")
+    return [
+        limit(
+            IN_ALL,
+            server_set_to=lowered,
+            taken=equal(taken[0], 12),
+            then=contains(told[0][-1], "FAILED_PRECONDITION", "total number"),
+            answered=equal(len(bureau.done(stays)), 12),
+        ),
+        holds(
+            CONTINUED,
+            server_set_to=lowered,
+            taken=equal(taken[1], MESSAGES),
+            answered=equal(len(bureau.done(moves)), MESSAGES),
+            asked_twice=equal([key for key, times in asked.items() if times > 1], []),
+            runs=at_least(len(runs), 2),
+        ),
+    ]
+
+
+async def while_all_is_down(lab: Lab, bureau: Bureau, server: Server) -> list[Evidence]:
+    """Two requests wait; worker and server are killed, and one of the two expires before they are back."""
+    queue, patience = f"{lab.id}-down", 4 * slowness()
+    options: dict[str, Any] = {"server": server, "task_queue": queue, "task_timeout": soon()}
+    async with lab.worker_process(**bureau.parts(server=server, task_queue=queue)) as worker:
+        patient = await bureau.approval("patient", **options)
+        hasty = await bureau.approval("hasty", patience, **options)
+        out = event_times(await history_of(hasty), "TIMER_STARTED")[0].timestamp() + patience
+        await worker.kill()
+    server.kill()
+    if time.time() > out:
+        raise TimeoutError("the time of a request ran out before all was down")
+    killed, early = time.monotonic(), bureau.done(hasty)
+    await asyncio.sleep(out + 0.5 - time.time())  # time is the subject: it runs out while all is down
+    await server.start()
+    away = time.monotonic() - killed
+    async with lab.worker_process(**bureau.parts(server=server, task_queue=queue)):
+        escalated = await ended(hasty)
+        answer = await sent(patient.execute_update(Approval.decide, YES, id="ana-1"))
+        again = await sent(patient.execute_update(Approval.decide, Word("ben", False, 9), id="ana-1"))
+        paid = await ended(patient)
+    return [
+        holds(
+            OUTLIVED,
+            both_down_for=figure(away, "s"),
+            result=equal(paid.result, "paid 20"),
+            done=equal(bureau.done(patient), ["paid 20"]),
+            drafts_asked_for=equal([bureau.drafts(patient), bureau.drafts(hasty)], [1, 1]),
+        ),
+        holds(
+            RAN_OUT,
+            its_time=figure(patience, "s"),
+            done_before=equal(early, []),
+            result=equal(escalated.result, "escalated"),
+            done=equal(bureau.done(hasty), ["escalated"]),
+        ),
+        holds(
+            RECORDED,
+            first=equal(answer, "paid 20, as ana said"),
+            again_with_ben_declining=equal(again, answer),
+            done=equal(bureau.done(patient), ["paid 20"]),
         ),
     ]
 
 
 @AI.item("AI-03", "Human in the loop", seconds=150)
 async def human_in_the_loop(lab: Lab) -> AsyncIterator[Evidence]:
-    """People approve, refuse, come too late and are not allowed to; workers and servers die meanwhile."""
+    """People approve, refuse, come too late, in crowds and without a right to; workers and servers die meanwhile."""
     async with an_endpoint(lab) as model:
-        parts = (while_all_is_down, timed_out_client, plain_process, by_update, by_signal, expires)
-        async for evidence in side_by_side(*(part(lab, model) for part in parts)):
-            yield evidence
+        bureau = Bureau(lab, model)
+        parts = (on_a_server_of_its_own, timed_out_client, plain_process, by_update, by_signal, expires, in_crowds)
+        async with lab.worker(**bureau.parts()):
+            async for evidence in side_by_side(*(part(lab, bureau) for part in parts)):
+                yield evidence
     yield native(
-        "waiting, refusing and expiring are the SDK's",
+        "waiting, refusing, expiring, queueing and going on in a new run are the SDK's",
         workflow.update,
         workflow.signal,
+        workflow.init,
         (workflow.wait_condition, "timeout"),
+        workflow.all_handlers_finished,
+        workflow.continue_as_new,
+        workflow.Info.is_continue_as_new_suggested,
         WorkflowHandle.signal,
         (WorkflowHandle.execute_update, "id"),
         WorkflowUpdateFailedError,
@@ -1235,70 +1469,120 @@ async def human_in_the_loop(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # AI-04 Streaming -------------------------------------------------------------------------------------
-# A stream through the workflow is a preview of the answer, kept for whoever comes late. The answer itself
-# is what the activity returns.
-
-COUNTING = "Count from 1 to 40, in digits, with a comma behind each number. Write nothing else."
+# A stream through the workflow is a preview of the answer, kept for whoever comes late. The answer itself is what the
+# activity returns. An attempt that was cut off has published already, so the next one says: forget what came before.
 
 
 @dataclass
 class Piece:
     attempt: int
-    index: int  # of the token, from 0; -1 begins the answer anew: forget what came before
+    index: int  # of the token, from 0; -1 begins the answer anew
     text: str
-    sent: float
 
 
-@activity.defn
-async def answer_in_pieces(question: Question) -> str:
-    """Publishes each token as it comes, and returns the whole."""
-    attempt = activity.info().attempt
-    stream = WorkflowStreamClient.from_within_activity(batch_interval=timedelta(milliseconds=50))
-    pieces = stream.topic("answer", type=Piece)
-    tokens: list[str] = []
-    async with beating(), stream:
-        pieces.publish(Piece(attempt, -1, "", time.time()))
-        async for token in tokens_of(question):
-            pieces.publish(Piece(attempt, len(tokens), token, time.time()))
-            tokens.append(token)
-    note(question.ledger, json.dumps("".join(tokens)))
-    return "".join(tokens)
+class Source(Protocol):
+    def tokens(self, question: str) -> AsyncIterator[str]:
+        """The tokens of a model's answer, as they come."""
 
 
-async def tokens_of(question: Question) -> AsyncIterator[str]:
-    """The tokens of a model's answer, one at a time."""
-    chunks = await model_client(question.model.url).chat.completions.create(
-        model=question.model.name, messages=[{"role": "user", "content": question.text}], stream=True
-    )
-    async for chunk in chunks:
-        if chunk.choices and chunk.choices[0].delta.content:
-            yield chunk.choices[0].delta.content
+class Speaker:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @activity.defn
+    async def speak(self, question: str) -> str:
+        """Publishes each token as it comes, and returns the whole."""
+        attempt = activity.info().attempt
+        stream = WorkflowStreamClient.from_within_activity(batch_interval=timedelta(milliseconds=50))
+        pieces = stream.topic("answer", type=Piece)
+        tokens: list[str] = []
+        async with beating(), stream:
+            pieces.publish(Piece(attempt, -1, ""))
+            async for token in self.source.tokens(question):
+                pieces.publish(Piece(attempt, len(tokens), token))
+                tokens.append(token)
+        return "".join(tokens)
 
 
 @workflow.defn
 class Streamed:
     @workflow.init
-    def __init__(self, question: Question, missed: float) -> None:
+    def __init__(self, question: str) -> None:
         self.stream = WorkflowStream()
 
     @workflow.run
-    async def run(self, question: Question, missed: float) -> str:
-        return await workflow.execute_activity(
-            answer_in_pieces,
+    async def run(self, question: str) -> str:
+        return await workflow.execute_activity_method(
+            Speaker.speak,
             question,
-            start_to_close_timeout=PATIENT,
-            heartbeat_timeout=timedelta(seconds=missed),  # until a worker is taken for dead
-            retry_policy=RETRY,
+            start_to_close_timeout=timedelta(minutes=5),
+            heartbeat_timeout=timedelta(seconds=10),
         )
 
 
-@activity.defn
-async def answer_at_once(question: Question) -> str:
+async def follow(client: Client, workflow_id: str, offset: int = 0) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of an answer until its workflow ends, each with the offset behind it: where to come back to."""
+    stream = WorkflowStreamClient.create(client, workflow_id)
+    while True:
+        try:
+            async for item in stream.subscribe(
+                "answer", offset, result_type=Piece, poll_cooldown=timedelta(milliseconds=20)
+            ):
+                offset = item.offset + 1
+                yield offset, item.data
+            return
+        except RPCError:
+            await asyncio.sleep(0.1)  # not answered, as while no worker is there: go on from here
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    """What a subscriber shows."""
     tokens: list[str] = []
-    async for token in tokens_of(question):
-        note(question.ledger, f"token {time.time()}")
-        tokens.append(token)
+    for one in pieces:
+        tokens = [] if one.index < 0 else [*tokens, one.text]
     return "".join(tokens)
+
+
+class Parrot:
+    """A model for the example."""
+
+    async def tokens(self, question: str) -> AsyncIterator[str]:
+        for word in question.split():
+            await asyncio.sleep(0.1)
+            yield f"{word} "
+
+
+async def example_ai_04(client: Client) -> None:
+    async with Worker(client, task_queue="streams", workflows=[Streamed], activities=[Speaker(Parrot()).speak]):
+        id = f"stream-{uuid.uuid4()}"
+        handle = await client.start_workflow(Streamed.run, "Say this again.", id=id, task_queue="streams")
+        async for offset, piece in follow(client, id):
+            print(offset, piece.text)
+        print(await handle.result())
+
+
+# AI-04 put to the test -------------------------------------------------------------------------------
+
+COUNTING = "Count from 1 to 40, in digits, with a comma behind each number. Write nothing else."
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A model's answer, token by token. When each one came is noted."""
+
+    model: "Endpoint"
+    name: str
+    heard: str
+
+    async def tokens(self, question: str) -> AsyncIterator[str]:
+        client = self.model.llm().client
+        chunks = await client.chat.completions.create(
+            model=self.name, messages=[{"role": "user", "content": question}], stream=True
+        )
+        async for chunk in chunks:
+            if chunk.choices and chunk.choices[0].delta.content:
+                note(self.heard, str(time.time()))
+                yield chunk.choices[0].delta.content
 
 
 @workflow.defn
@@ -1307,16 +1591,54 @@ class Polled:
 
     def __init__(self) -> None:
         self.text = ""
+        self.seen = False
 
     @workflow.run
-    async def run(self, question: Question) -> str:
-        self.text = await workflow.execute_activity(answer_at_once, question, start_to_close_timeout=PATIENT)
-        await workflow.sleep(0.5)
+    async def run(self, question: str) -> str:
+        self.text = await workflow.execute_activity("speak", question, start_to_close_timeout=timedelta(minutes=5))
+        await workflow.wait_condition(lambda: self.seen)
         return self.text
 
     @workflow.query
     def so_far(self) -> str:
         return self.text
+
+    @workflow.signal
+    def enough(self) -> None:
+        self.seen = True
+
+
+class Silent(Speaker):
+    """The control's activity: it publishes nothing."""
+
+    @activity.defn(name="speak")
+    async def speak_at_once(self, question: str) -> str:
+        return "".join([token async for token in self.source.tokens(question)])
+
+
+class Stand:
+    """A streamed answer, its subscribers, and when the model said what."""
+
+    def __init__(self, lab: Lab, model: "Endpoint", name: str) -> None:
+        self.lab, self.model, self.id, self.heard = lab, model, f"{lab.id}-{name}", lab.file(f"{name}-heard")
+        self.source = Tokens(model, model.named(f"pause:1/{name}"), self.heard)
+        self.gate = model.gate(name)
+
+    def parts(self, **options: Any) -> dict[str, Any]:
+        """The arguments of a worker."""
+        speaker, silent = Speaker(self.source), Silent(self.source)
+        activities = [silent.speak_at_once] if options.get("workflows") == [Polled] else [speaker.speak]
+        shorter = {"speak": {"heartbeat_timeout": soon()}}
+        parts = {"workflows": [Streamed], "activities": activities, "task_queue": self.id, "shortened": shorter}
+        return parts | PROMPT | options
+
+    async def subscribe(self, seen: list["Seen"], offset: int = 0, enough: int = 10**6) -> None:
+        """Collect the pieces until the answer ends, or until there are enough."""
+        async with contextlib.aclosing(follow(self.lab.client, self.id, offset)) as pieces:  # type: ignore[type-var]
+            async for offset, piece in pieces:
+                seen.append(Seen(offset - 1, piece, time.time()))
+                if len(seen) >= enough:
+                    return
 
 
 @dataclass(frozen=True)
@@ -1328,159 +1650,149 @@ class Seen:
     at: float
 
 
-async def subscribe(lab: Lab, workflow_id: str, seen: list[Seen], offset: int = 0, enough: int = 10**6) -> None:
-    """Collect the pieces of a workflow's answer until it ends, or until there are enough."""
-    stream, pause = WorkflowStreamClient.create(lab.client, workflow_id), timedelta(milliseconds=20)
-    while True:
-        try:
-            async for item in stream.subscribe("answer", offset, result_type=Piece, poll_cooldown=pause):
-                seen.append(Seen(item.offset, item.data, time.time()))
-                offset = item.offset + 1
-                if len(seen) >= enough:
-                    return
-            return
-        except RPCError:
-            await asyncio.sleep(0.1)  # not answered in time, as while no worker is there: go on from here
+def shown(seen: Sequence[Seen]) -> str:
+    return text_of([one.piece for one in seen])
 
 
-def text_of(seen: Sequence[Seen]) -> str:
-    """What a subscriber shows in the end: it begins anew whenever it is told to."""
-    tokens: list[str] = []
-    for one in seen:
-        tokens = [] if one.piece.index < 0 else [*tokens, one.piece.text]
-    return "".join(tokens)
+def places(seen: Sequence[Seen]) -> list[tuple[int, Piece]]:
+    return [(one.offset, one.piece) for one in seen]
 
 
-def in_order(seen: Sequence[Seen]) -> bool:
-    """Whether nothing is missing, twice or out of place: neither offsets, nor the tokens of an attempt."""
-    offsets = [one.offset for one in seen]
-    places = [(one.piece.attempt, one.piece.index) for one in seen]
-    count = Counter(attempt for attempt, _ in places)
+def tokens_in(seen: Sequence[Seen]) -> list[Seen]:
+    return [one for one in seen if one.piece.index >= 0]
+
+
+def gaps(seen: Sequence[Seen]) -> list[str]:
+    """What is missing, twice or out of place: offsets, and the tokens of an attempt."""
+    indexes = [(one.piece.attempt, one.piece.index) for one in seen]
+    count = Counter(attempt for attempt, _ in indexes)
     wanted = [(attempt, index) for attempt in sorted(count) for index in range(-1, count[attempt] - 1)]
-    return offsets == list(range(offsets[0], offsets[0] + len(seen))) and places == wanted
+    found = [f"offset {one.offset} behind {n}" for n, one in enumerate(seen, seen[0].offset) if one.offset != n]
+    return found + [f"token {place}" for place, right in zip(indexes, wanted, strict=True) if place != right]
 
 
-def percentiles(delays: Sequence[float]) -> str:
-    cuts = statistics.quantiles(delays, n=20)
-    return f"p50 {statistics.median(delays) * 1000:.0f} ms, p95 {cuts[18] * 1000:.0f} ms"
+PAUSE = 20  # so many tokens has the model said when it waits
 
 
-async def start_stream(lab: Lab, model: Model, name: str, missed: float) -> tuple[WorkflowHandle[Any, Any], str, str]:
-    """Start a streamed answer. Returns its handle, its task queue, and the ledger of what was answered."""
-    queue, ledger = f"{lab.id}-{name}", lab.file(name)
-    question = Question(model, COUNTING, ledger)
-    handle = await lab.client.start_workflow(
-        Streamed.run, args=[question, missed], id=queue, task_queue=queue, task_timeout=SOON
-    )  # fmt: skip
-    return handle, queue, ledger
-
-
-async def streamed(lab: Lab, model: Endpoint) -> list[Evidence]:
+async def streamed(lab: Lab, model: "Endpoint") -> list[Evidence]:
     """One subscriber from the start, one that is cut off and comes back, and one that comes after the end."""
-    handle, queue, ledger = await start_stream(lab, model.model, "stream", missed=30)
+    stand = Stand(lab, model, "stream")
     seen: list[Seen] = []
     broken: list[Seen] = []
     late: list[Seen] = []
-    async with lab.worker_process([Streamed], [answer_in_pieces], task_queue=queue, **PROMPT):
-        subscriber = asyncio.create_task(subscribe(lab, handle.id, seen))
-        async with asyncio.timeout(60):
-            await subscribe(lab, handle.id, broken, enough=10)
-            before = len(broken)
-            await until(lambda: len(seen) >= before + 5, "others have seen more by now", every=0.02)
-            await subscribe(lab, handle.id, broken, offset=broken[-1].offset + 1)
-            await subscriber
-            result = await handle.result()
-            middle = len(seen) // 2
-            await subscribe(lab, handle.id, late, offset=middle)
-    answered = json.loads(notes(ledger)[0])
+    async with lab.worker(**stand.parts()):
+        handle = await lab.start(Streamed.run, COUNTING, id=stand.id, task_queue=stand.id)
+        subscriber = asyncio.create_task(stand.subscribe(seen))
+        await stand.subscribe(broken, enough=10)
+        before = len(broken)
+        await until(lambda: len(tokens_in(seen)) >= PAUSE, "what the model has said is seen", every=0.02)
+        early = len(tokens_in(seen))
+        open_gate(stand.gate)
+        await stand.subscribe(broken, offset=broken[-1].offset + 1)
+        await subscriber
+        how = await ended(handle)
+        middle = len(seen) // 2
+        await stand.subscribe(late, offset=middle)
     count = await count_events(handle)
-    ended = next(time for time in event_times(await history_of(handle), "ACTIVITY_TASK_COMPLETED")).timestamp()
-    delays = [one.at - one.piece.sent for one in seen]
-    early = sum(one.at < ended for one in seen)
+    tokens = tokens_in(seen)
+    delays = [one.at - float(said) for one, said in zip(tokens, notes(stand.heard), strict=False)]
+    kept = {"signals": count["WORKFLOW_EXECUTION_SIGNALED"], "updates": count["WORKFLOW_EXECUTION_UPDATE_ACCEPTED"]}
     return [
         works(
             "an outside subscriber gets the tokens through the workflow while they come: all of them, in order",
-            in_order(seen) and text_of(seen) == answered == result and early > 10,
-            f"{len(seen) - 1} tokens, offsets without gaps; {early} of {len(seen)} pieces seen before the activity "
-            f"ended; publish to sight {percentiles(delays)} (batches of 50 ms)",
+            tokens=equal(len(tokens), len(notes(stand.heard))),
+            missing_or_out_of_place=equal(gaps(seen), []),
+            seen_while_the_model_had_more_to_say=equal(early, PAUSE) if model.local else early,
+            text=equal(shown(seen), how.result),
+            from_the_model_to_sight=Spread.of([1000 * delay for delay in delays], "ms"),
         ),
         holds(
             "a subscriber that comes after the end catches up from an offset",
-            [(one.offset, one.piece) for one in late] == [(one.offset, one.piece) for one in seen[middle:]],
-            f"from offset {middle}: {len(late)} of {len(seen) - middle} pieces, equal to those seen live",
+            from_offset=middle,
+            pieces=len(late),
+            equal_to_those_seen_live=equal(places(late) == places(seen)[middle:], True),
         ),
         holds(
             "a subscriber that was cut off reconnects behind its last offset: nothing missing, nothing twice",
-            in_order(broken) and text_of(broken) == answered and before == 10 < len(broken),
-            f"{before} pieces, cut off, {len(broken) - before} pieces after it; "
-            f"text equal: {text_of(broken) == answered}",
+            before=equal(before, 10),
+            after=at_least(len(broken) - before, 1),
+            missing_or_twice=equal(gaps(broken), []),
+            text=equal(shown(broken), how.result),
         ),
         limit(
             "what is streamed costs history: each batch of tokens and each poll of a subscriber is kept",
-            count["WORKFLOW_EXECUTION_SIGNALED"] > 1 and count["WORKFLOW_EXECUTION_UPDATE_ACCEPTED"] > 1,
-            f"{count.total()} events for {len(seen) - 1} tokens ({count.total() / len(seen):.1f} a token): "
-            f"{count['WORKFLOW_EXECUTION_SIGNALED']} batches, {count['WORKFLOW_EXECUTION_UPDATE_ACCEPTED']} polls",
+            tokens=len(tokens),
+            batches=at_least(kept["signals"], 2),
+            polls=at_least(kept["updates"], 2),
+            events=count.total(),
+            events_a_token=round(count.total() / len(tokens), 1),
         ),
-    ]
+    ]  # fmt: skip
 
 
-async def killed_in_stream(lab: Lab, model: Endpoint) -> list[Evidence]:
-    handle, queue, ledger = await start_stream(lab, model.named("stall:1"), "killed", missed=NOTICED.total_seconds())
+async def killed_in_stream(lab: Lab, model: "Endpoint") -> list[Evidence]:
+    stand = Stand(lab, model, "killed")
     seen: list[Seen] = []
-    async with lab.worker_process([Streamed], [answer_in_pieces], task_queue=queue, **PROMPT) as worker:
-        subscriber = asyncio.create_task(subscribe(lab, handle.id, seen))
-        await until(lambda: len(seen) >= 10, "ten pieces have come", every=0.02)
-        await worker.kill()
-    async with lab.worker_process([Streamed], [answer_in_pieces], task_queue=queue, **PROMPT):
-        async with asyncio.timeout(60):
-            await subscriber
-            result = await handle.result()
+    subscriber = asyncio.create_task(stand.subscribe(seen))
+    taken = await lab.take_over(
+        Streamed.run, COUNTING, name="killed", parts=stand.parts(), point=lambda: len(seen) > 10, task_timeout=soon()
+    )
+    async with lab.worker(**stand.parts()):  # a subscriber that had not asked yet needs somebody to answer
+        await asyncio.wait_for(subscriber, 60 * slowness())
     attempts = sorted({one.piece.attempt for one in seen})
     last = [one for one in seen if one.piece.attempt == attempts[-1]]
     twice = Counter(one.piece.index for one in seen if one.piece.index >= 0)
-    again = sum(count > 1 for count in twice.values())
     return [
         holds(
             "worker killed in mid-stream: a marker tells the subscriber to begin anew, and the final text is right",
-            len(attempts) >= 2 and notes(ledger) == [json.dumps(result)] and text_of(seen) == result and in_order(last),
-            f"SIGKILL after {len(seen) - len(last)} pieces; attempts seen: {attempts}; tokens of the last attempt: "
-            f"{len(last) - 1}; text equals the result: {text_of(seen) == result}",
+            killed_after_pieces=len(seen) - len(last),
+            attempts_seen=equal(attempts, [1, 2]),
+            ended=equal(taken.ending.status, "COMPLETED"),
+            text=equal(shown(seen), taken.ending.result),
+            missing_or_out_of_place=equal(gaps(last), []),
         ),
         limit(
             "the tokens of a killed attempt come again; without a marker of one's own the text would be wrong",
-            again > 0 and "".join(one.piece.text for one in seen) != result,
-            f"{again} of {len(twice)} tokens came twice",
+            tokens_that_came_twice=at_least(sum(count > 1 for count in twice.values()), 1),
+            text_without_the_marker=differs("".join(one.piece.text for one in seen), taken.ending.result),
         ),
     ]
 
 
-async def polled(lab: Lab, model: Endpoint) -> Evidence:
-    queue, ledger = f"{lab.id}-polled", lab.file("polled")
-    partial: list[str] = []
-    async with lab.worker_process([Polled], [answer_at_once], task_queue=queue, **PROMPT):
-        question = Question(model.model, COUNTING, ledger)
-        handle = await lab.client.start_workflow(Polled.run, question, id=queue, task_queue=queue)
-        await until(lambda: notes(ledger), "the first token has come")
-        polls, text = 0, ""
-        while not text:
-            text, polls = await handle.query(Polled.so_far), polls + 1
-            partial += [text] if text else []
-            await asyncio.sleep(0.02)
-        shown = time.time()
-        result = await handle.result()
-        count = await count_events(handle)
-    delays = [shown - float(line.split()[1]) for line in notes(ledger)]
+async def polled(lab: Lab, model: "Endpoint") -> Evidence:
+    stand = Stand(lab, model, "polled")
+    async with lab.worker(**stand.parts(workflows=[Polled])):
+        handle = await lab.start(Polled.run, COUNTING, id=stand.id, task_queue=stand.id)
+        await until(lambda: len(notes(stand.heard)) >= PAUSE, "the model has said something", every=0.02)
+        shown_then, said = await handle.query(Polled.so_far), len(notes(stand.heard))
+        open_gate(stand.gate)
+        text = ""
+
+        async def there() -> bool:
+            nonlocal text
+            text = await handle.query(Polled.so_far)
+            return text != ""
+
+        await until(there, "there is something to see", every=0.02)
+        at = time.time()
+        await handle.signal(Polled.enough)
+        how = await ended(handle)
+    delays = [1000 * (at - float(said)) for said in notes(stand.heard)]
     return control(
         "without a stream, polling by query shows nothing until the whole answer is there",
-        partial == [result] and len(delays) > 10 and polls > 1,
-        f"{polls} polls, the first text seen was the whole; token to sight {percentiles(delays)}; "
-        f"{count.total()} events",
+        tokens_that_the_activity_had=at_least(said, PAUSE),
+        shown_then=equal(shown_then, ""),
+        the_first_text_shown=equal(text, how.result),
+        from_the_model_to_sight=Spread.of(delays, "ms"),
+        events=(await count_events(handle)).total(),
     )
 
 
 @AI.item("AI-04", "Streaming", seconds=150)
 async def streaming(lab: Lab) -> AsyncIterator[Evidence]:
     """Tokens go from an activity through its workflow to subscribers who are early, late and cut off."""
+    if importlib.util.find_spec("temporalio.contrib.workflow_streams") is None:
+        raise NotRun(f"workflow streams exist since SDK 1.27, and this is {sdk_version()}")
     async with an_endpoint(lab) as model:
         parts = (killed_in_stream, streamed, polled)
         async for evidence in side_by_side(*(part(lab, model) for part in parts)):
@@ -1498,336 +1810,582 @@ async def streaming(lab: Lab) -> AsyncIterator[Evidence]:
 
 
 # AI-05 Agent frameworks ------------------------------------------------------------------------------
-# With an integration, each model call and each tool of an agent is an activity of its own, and a crash
-# repeats none of them. A framework run whole inside one activity starts over.
-
-
-# The frameworks take 3 s of imports: too much for each worker process, and for the nursery that the other
-# items wait for. The processes of this item are forked from a nursery of its own, which has imported them.
-Fork = Callable[..., contextlib.AbstractAsyncContextManager[Child]]
+# With an integration, each model call and each tool of an agent is an activity of its own, and a crash repeats none of
+# them. A framework run whole inside one activity starts over, unless it keeps checkpoints of its own.
 
 
 @dataclass
-class Shopping:
-    model: Model
+class Wish:
     product: str
-
-    @property
-    def prompt(self) -> str:
-        return (
-            f"Find out the stock of the product '{self.product}', then reserve it. Call each tool exactly once, "
-            "one after the other, and then report what the tools said."
-        )
+    model: str
 
 
-class Shop:
-    """Tools, with what they need and a model must not see. Products bring trouble: a lamp kills the worker."""
+def errand(wish: Wish) -> str:
+    return (
+        f"Find out the stock of the product '{wish.product}', then reserve it. Call each tool exactly once, "
+        "one after the other, and then report what the tools said."
+    )
 
-    def __init__(self, ledger: str) -> None:
-        self.ledger = ledger
+
+class Shop(Protocol):
+    async def stock(self, product: str) -> str: ...
+
+    async def reserve(self, product: str, key: str) -> str:
+        """What is asked for twice under one key is reserved once."""
+
+
+class Shopkeeper:
+    """Tools, with what they need and a model must not see."""
+
+    def __init__(self, shop: Shop) -> None:
+        self.shop = shop
 
     @activity.defn
+    async def stock(self, product: str) -> str:
+        """How many pieces of a product are in stock."""
+        return await self.shop.stock(product)
+
+    @activity.defn
+    async def reserve(self, product: str) -> str:
+        """Reserve one piece of a product."""
+        return await self.shop.reserve(product, f"{activity.info().workflow_run_id}/{product}")
+
+
+@workflow.defn
+class Shopper:
+    """An agent of the OpenAI Agents SDK. Its runner is replaced by the plugin's, its tools are activities."""
+
+    @workflow.run
+    async def run(self, wish: Wish) -> str:
+        with workflow.unsafe.imports_passed_through():  # here and not above: they take seconds
+            from agents import Agent, Runner
+            from temporalio.openai_agents.workflow import activity_as_tool
+
+        tools = [
+            activity_as_tool(tool, start_to_close_timeout=timedelta(seconds=30))
+            for tool in (Shopkeeper.stock, Shopkeeper.reserve)
+        ]
+        agent = Agent(name="Shopper", instructions="You buy things.", model=wish.model, tools=list(tools))
+        result = await Runner.run(agent, errand(wish))
+        return str(result.final_output)
+
+
+def agents_plugin(client: openai.AsyncOpenAI) -> Any:
+    """The plugin for clients and workers. The model is asked by its activities, and so is retried by Temporal."""
+    from agents import OpenAIProvider
+    from temporalio.openai_agents import ModelActivityParameters, OpenAIAgentsPlugin
+
+    return OpenAIAgentsPlugin(
+        model_params=ModelActivityParameters(
+            start_to_close_timeout=PATIENCE["start_to_close_timeout"], retry_policy=PATIENCE["retry_policy"]
+        ),
+        model_provider=OpenAIProvider(openai_client=client, use_responses=False),
+    )
+
+
+class Stall:
+    """A shop for the example."""
+
+    async def stock(self, product: str) -> str:
+        return "7 in stock"
+
+    async def reserve(self, product: str, key: str) -> str:
+        return "reserved as R-1"
+
+
+def wanted(tool: str) -> dict[str, Any]:
+    """A model that wants a tool called."""
+    function = {"name": tool, "arguments": '{"product": "mug"}'}
+    return {"tool_calls": [{"id": f"call {tool}", "type": "function", "function": function}]}
+
+
+async def example_ai_05(client: Client) -> None:
+    model = rehearsed(wanted("stock"), wanted("reserve"), {"content": "There were 7, and one is reserved as R-1."})
+    client = Client(client.service_client, namespace=client.namespace, plugins=[agents_plugin(model)])
+    tools = Shopkeeper(Stall())
+    async with Worker(client, task_queue="shop", workflows=[Shopper], activities=[tools.stock, tools.reserve]):
+        wish = Wish("mug", "gpt-5-mini")
+        print(await client.execute_workflow(Shopper.run, wish, id=f"shopper-{uuid.uuid4()}", task_queue="shop"))
+
+
+# AI-05 put to the test -------------------------------------------------------------------------------
+# The frameworks take seconds of imports: too much for each worker process, and for the nursery that the other items
+# wait for. The processes of this item are forked from a nursery of its own, which has imported them.
+
+FRAMEWORKS = {
+    "temporalio.openai_agents": "OpenAI Agents SDK by Temporal's plugin (temporalio-openai-agents) needs SDK 1.33",
+    "temporalio.langgraph": "LangGraph by Temporal's plugin (temporalio-langgraph) needs SDK 1.34",
+    "pydantic_ai.durable_exec.temporal": "Pydantic AI by its own integration (pydantic-ai-slim) needs SDK 1.27",
+}
+OTHERS = ("langgraph.prebuilt", "langchain_openai", "pydantic_ai.models.openai")
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class Store:
+    """A shop that notes what happens in it. Products bring trouble: a lamp kills who reserves it."""
+
+    def __init__(self, ledger: str, gate: str) -> None:
+        self.ledger, self.gate = ledger, gate
+
     async def stock(self, product: str) -> str:
         """How many pieces of a product are in stock."""
         note(self.ledger, f"stock {product}")
         return "7 in stock"
 
-    @activity.defn
-    async def reserve(self, product: str) -> str:
+    async def reserve(self, product: str, key: str = "") -> str:
         """Reserve one piece of a product."""
         note(self.ledger, f"reserve {product}")
         times = notes(self.ledger).count(f"reserve {product}")
-        if product == "lamp" and times == 1:
+        if product.startswith("lamp") and times == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if product == "vase" and times <= 2:
+        if product.startswith("vase") and times <= 2:
             raise RuntimeError("the shop is busy")
+        if product.startswith("kettle"):
+            await until(Path(self.gate).exists, "the shop is open")
         return "reserved as R-1"
 
+
+class Later:
+    """Stands for what only a worker process can make: unpickling it there makes it."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self.made_by = (make, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.made_by
+
+
+def plugin_of(url: str) -> Any:
+    return agents_plugin(model_client(base_url=url, api_key=model_key()))
+
+
+class Graph:
+    """The same agent as a graph of LangGraph: one node asks the model, the other one calls the tools."""
+
+    def __init__(self, url: str, model: str, store: Store) -> None:
+        from langchain_openai import ChatOpenAI
+        from langgraph.prebuilt import ToolNode
+
+        async def reserve(product: str) -> str:
+            """Reserve one piece of a product."""
+            return await store.reserve(product)
+
+        self.tools = ToolNode([store.stock, reserve])
+        llm = ChatOpenAI(model=model, base_url=url, api_key=model_key, max_retries=0)
+        self.llm = llm.bind_tools([store.stock, reserve])
+
+    async def think(self, state: Any) -> Any:
+        return {"messages": [await self.llm.ainvoke(state["messages"])]}
+
+    async def use_tools(self, state: Any) -> Any:
+        from langchain_core.messages import convert_to_messages
+
+        # The plugin hands a node what JSON makes of its messages.
+        return await self.tools.ainvoke({"messages": convert_to_messages(state["messages"])})
+
+    def graph(self, **metadata: Any) -> Any:
+        from langgraph.graph import START, MessagesState, StateGraph
+        from langgraph.prebuilt import tools_condition
+
+        async def route(state: Any) -> str:  # a plain function would want a thread, and workflows have none
+            return tools_condition(state)
+
+        graph = StateGraph(MessagesState)
+        graph.add_node("think", self.think, metadata=metadata or None)
+        graph.add_node("tools", self.use_tools, metadata=metadata or None)
+        graph.add_edge(START, "think")
+        graph.add_conditional_edges("think", route)
+        graph.add_edge("tools", "think")
+        return graph
+
+
+class GraphActivity:
+    """A LangGraph agent, whole inside one activity, and without a checkpointer."""
+
+    def __init__(self, url: str, model: str, store: Store) -> None:
+        self.made_of = (url, model, store)
+
     @activity.defn
-    async def shop_by_graph(self, shopping: Shopping) -> str:
-        """A LangGraph agent, whole inside one activity."""
+    async def shop_by_graph(self, wish: Wish) -> str:
         async with beating():
-            return await run_graph(shopping, self)
-
-
-async def run_graph(shopping: Shopping, shop: Shop) -> str:
-    from langchain_core.messages import HumanMessage
-    from langchain_openai import ChatOpenAI
-    from langgraph.graph import START, MessagesState, StateGraph
-    from langgraph.prebuilt import ToolNode, tools_condition
-
-    tools: list[Any] = [shop.stock, shop.reserve]
-    llm = ChatOpenAI(
-        model=shopping.model.name, base_url=shopping.model.url, api_key=model_key, max_retries=0
-    ).bind_tools(tools)  # fmt: skip
-
-    async def think(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [await llm.ainvoke(state["messages"])]}
-
-    graph = StateGraph(MessagesState)
-    graph.add_node("think", think)
-    graph.add_node("tools", ToolNode(tools))
-    graph.add_edge(START, "think")
-    graph.add_conditional_edges("think", tools_condition)
-    graph.add_edge("tools", "think")
-    final = await graph.compile().ainvoke({"messages": [HumanMessage(shopping.prompt)]})
-    return str(final["messages"][-1].content)
+            final = await Graph(*self.made_of).graph().compile().ainvoke({"messages": [("user", errand(wish))]})
+        return str(final["messages"][-1].content)
 
 
 @workflow.defn
 class GraphInActivity:
     @workflow.run
-    async def run(self, shopping: Shopping) -> str:
-        return await workflow.execute_activity_method(
-            Shop.shop_by_graph,
-            shopping,
-            start_to_close_timeout=PATIENT,
-            heartbeat_timeout=NOTICED,
-            retry_policy=RETRY,
-        )
+    async def run(self, wish: Wish) -> str:
+        return await workflow.execute_activity_method(GraphActivity.shop_by_graph, wish, **PATIENCE)
 
 
 @workflow.defn
-class AgentShopping:
-    """An agent of the OpenAI Agents SDK. Its runner is replaced by the plugin's, its tools are activities."""
-
+class GraphByPlugin:
     @workflow.run
-    async def run(self, shopping: Shopping) -> str:
+    async def run(self, wish: Wish) -> str:
         with workflow.unsafe.imports_passed_through():
-            from agents import Runner
-            from temporalio.openai_agents.workflow import activity_as_tool
+            from temporalio.langgraph import graph
 
-        tools = [
-            activity_as_tool(tool, start_to_close_timeout=NOTICED, retry_policy=RETRY)
-            for tool in (Shop.stock, Shop.reserve)
-        ]
-        result = await Runner.run(shopper(shopping, tools), shopping.prompt)
-        return str(result.final_output)
+        final = await graph("shop").compile().ainvoke({"messages": [("user", errand(wish))]})
+        return str(final["messages"][-1].content)
 
 
-def shopper(shopping: Shopping, tools: "list[AgentTool]") -> Any:
-    from agents import Agent
+def graph_plugin(url: str, model: str, store: Store) -> Any:
+    from temporalio.langgraph import LangGraphPlugin
 
-    return Agent(name="Shopper", instructions="You buy things.", model=shopping.model.name, tools=tools)
+    # The plugin wants nodes of a module that can be imported, and does not take a script for one.
+    Graph.think.__module__ = Graph.use_tools.__module__ = "shop"
+    options = {"start_to_close_timeout": timedelta(seconds=30), "retry_policy": PATIENCE["retry_policy"]}
+    return LangGraphPlugin(graphs={"shop": Graph(url, model, store).graph(execute_in="activity", **options)})
 
 
-async def serve_agents(target: Target, task_queue: str, url: str, ledger: str) -> None:
-    """The life of a worker process with the plugin and the tools."""
-    from agents import OpenAIProvider
-    from temporalio.openai_agents import ModelActivityParameters, OpenAIAgentsPlugin
+PYDANTIC: dict[str, Any] = {}  # the agent of this process
 
-    plugin = OpenAIAgentsPlugin(
-        model_params=ModelActivityParameters(start_to_close_timeout=PATIENT, retry_policy=RETRY),
-        model_provider=OpenAIProvider(openai_client=model_client(url), use_responses=False),
+
+def pydantic_agent(url: str, model: str, store: Store) -> Any:
+    """The same agent of Pydantic AI: it has to be made before the workflows that use it."""
+    from pydantic_ai import Agent
+    from pydantic_ai.durable_exec.temporal import TemporalDurability
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    async def reserve(product: str) -> str:
+        """Reserve one piece of a product."""
+        return await store.reserve(product)
+
+    client = model_client(base_url=url, api_key=model_key())
+    llm = OpenAIChatModel(model, provider=OpenAIProvider(openai_client=client))
+    options = workflow.ActivityConfig(
+        start_to_close_timeout=timedelta(seconds=30), retry_policy=PATIENCE["retry_policy"]
     )
-    client = await connect(target, plugins=[plugin])
-    shop = Shop(ledger)
-    tools: list[Callable[..., Any]] = [shop.stock, shop.reserve, shop.shop_by_graph]
-    async with make_worker(client, task_queue, [AgentShopping, GraphInActivity], tools, **PROMPT):
-        await asyncio.Future()
+    return Agent(
+        llm, name="shopper", tools=[store.stock, reserve], capabilities=[TemporalDurability(activity_config=options)]
+    )
 
 
-async def shop_without_temporal(shopping: Shopping, ledger: str) -> None:
-    """The control: the same agent as an ordinary program."""
-    from agents import OpenAIProvider, RunConfig, Runner, function_tool
-
-    shop = Shop(ledger)
-    tools: list[AgentTool] = [function_tool(shop.stock), function_tool(shop.reserve)]
-    provider = OpenAIProvider(openai_client=model_client(shopping.model.url), use_responses=False)
-    result = await Runner.run(shopper(shopping, tools), shopping.prompt, run_config=RunConfig(model_provider=provider))
-    note(ledger, str(result.final_output))
+@workflow.defn(sandboxed=False)  # which would make the agent anew for each run, of a module that has it at its top
+class PydanticShopper:
+    @workflow.run
+    async def run(self, wish: Wish) -> str:
+        return str((await PYDANTIC["agent"].run(errand(wish))).output)
 
 
-def look_up_plugin(file: str) -> None:
-    """Look the plugin up where it is imported: this takes 3 s, which the main process need not spend."""
+def pydantic_plugin() -> Any:
+    from pydantic_ai.durable_exec.temporal import PydanticAIPlugin
+
+    return PydanticAIPlugin()
+
+
+def pydantic_agent_plugin(url: str, model: str, store: Store) -> Any:
+    from pydantic_ai.durable_exec.temporal import AgentPlugin
+
+    PYDANTIC["agent"] = pydantic_agent(url, model, store)
+    return AgentPlugin(PYDANTIC["agent"])
+
+
+@dataclass(frozen=True)
+class Starts(Interceptor):
+    """Notes each time that the code of a run is begun, anew after an eviction as well."""
+
+    ledger: str
+
+    def workflow_interceptor_class(self, input: WorkflowInterceptorClassInput) -> type[WorkflowInboundInterceptor]:
+        ledger = self.ledger
+
+        class Begins(WorkflowInboundInterceptor):
+            async def execute_workflow(self, input: ExecuteWorkflowInput) -> Any:
+                with workflow.unsafe.sandbox_unrestricted():
+                    note(ledger, workflow.info().workflow_id)
+                return await super().execute_workflow(input)
+
+        return Begins
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an agent of a framework is made durable."""
+
+    name: str
+    kind: type
+    needs: str  # the module that brings it
+    connect: Callable[["Endpoint"], Sequence[Any]] = lambda model: []  # the plugins of a worker's client
+    plugins: Callable[["Endpoint", Store], Sequence[Any]] = lambda model, store: []  # those of the worker
+    activities: Callable[["Endpoint", Store], Sequence[Any]] = lambda model, store: []
+    asks: str = ""  # the activity that asks the model
+    tools: Sequence[str] = ()  # the activities that call a tool
+
+
+WAYS = {
+    "agents": Way(
+        "OpenAI Agents SDK by Temporal's plugin", Shopper, "temporalio.openai_agents",
+        connect=lambda model: [Later(plugin_of, model.url)],
+        activities=lambda model, store: [Shopkeeper(store).stock, Shopkeeper(store).reserve],
+        asks="invoke_model_activity", tools=["stock", "reserve"],
+    ),
+    "pydantic": Way(
+        "Pydantic AI by its own integration", PydanticShopper, "pydantic_ai.durable_exec.temporal",
+        connect=lambda model: [Later(pydantic_plugin)],
+        plugins=lambda model, store: [Later(pydantic_agent_plugin, model.url, model.name, store)],
+        asks="agent__shopper__model_request", tools=["agent__shopper__toolset__<agent>__call_tool"],
+    ),
+    "graph": Way(
+        "LangGraph by Temporal's plugin", GraphByPlugin, "temporalio.langgraph",
+        plugins=lambda model, store: [Later(graph_plugin, model.url, model.name, store)],
+        asks="shop.think", tools=["shop.tools"],
+    ),
+    "activity": Way(
+        "LangGraph inside an activity", GraphInActivity, "langgraph.prebuilt",
+        activities=lambda model, store: [GraphActivity(model.url, model.name, store).shop_by_graph],
+        tools=["shop_by_graph"],
+    ),
+}  # fmt: skip
+KETTLES = 3
+
+
+class Market:
+    """Where the agents of one way shop: their queue, their workers, and what the shop and the model saw of them."""
+
+    def __init__(self, lab: Lab, model: "Endpoint", nursery: Nursery, way: str, name: str = "") -> None:
+        self.lab, self.model, self.nursery, self.way, self.name = lab, model, nursery, WAYS[way], name or way
+        self.ledger, self.gate = lab.file(f"{self.name}-shop"), lab.gate(self.name)
+        self.store, self.begun = Store(self.ledger, self.gate), lab.file(f"{self.name}-begun")
+
+    def worker(self, **options: Any) -> contextlib.AbstractAsyncContextManager[Child]:
+        way = self.way
+        return self.lab.worker_process(
+            [way.kind],
+            way.activities(self.model, self.store),
+            task_queue=f"{self.lab.id}-{self.name}",
+            connect_options={"plugins": way.connect(self.model)},
+            plugins=way.plugins(self.model, self.store),
+            nursery=self.nursery,
+            interceptors=[Starts(self.begun)],
+            **options,
+        )
+
+    async def shop(self, product: str) -> str:
+        """Let an agent shop, and return its report, or why there is none."""
+        handle = await self.lab.start(
+            self.way.kind.__name__, Wish(self.product(product), self.model.name), name=f"{self.name}-{product}",
+            task_queue=f"{self.lab.id}-{self.name}", task_timeout=soon(), result_type=str,
+        )  # fmt: skip
+        how = await ended(handle)
+        return str(how.result if how.status == "COMPLETED" else how)
+
+    def product(self, product: str) -> str:
+        """The product as the model hears of it; what stands behind @ asks it for a fault."""
+        name, at, fault = product.partition("@")
+        return f"{name}-{self.name}{at}{fault}"
+
+    def tools(self, product: str) -> list[str]:
+        """The tools that ran for a product."""
+        return [line.split()[0] for line in notes(self.ledger) if line.split()[1] == self.product(product)]
+
+    def turns(self, product: str) -> list[int]:
+        """At which turn of the conversation the model was called, in the order of the calls; 1 is the first one."""
+        lengths = [call.turn for call in self.model.calls(self.product(product))]
+        return [1 + (length - min(lengths)) // 2 for length in lengths]
+
+    def facts(self, product: str, report: str, tools: Sequence[str], turns: Sequence[int]) -> dict[str, Any]:
+        """What is to be seen of an agent that has reported."""
+        seen: dict[str, Any] = {"tools_that_ran": equal(self.tools(product), list(tools))}
+        if self.model.local:
+            seen["turns_the_model_saw"] = equal(self.turns(product), list(turns))
+        return seen | {"report": contains(report, "7", "R-1")}
+
+
+TOOLS_ONCE, TURNS = ["stock", "reserve"], [1, 2, 3]
+
+
+def claims_of(way: str) -> dict[str, str]:
+    return {
+        what: f"{WAYS[way].name}: {claim}"
+        for what, claim in {
+            "mug": "the agent uses its tools and reports",
+            "vase": "a tool that fails twice is retried without the model being asked again",
+            "lamp": "worker killed inside the second tool: no model call and no finished tool is repeated",
+            "kettle": "three agents evicted in mid-tool: the worker still answers, and each goes on where it was",
+        }.items()
+    }
+
+
+async def agents_at_work(market: Market) -> list[Evidence]:
+    """One agent's shopping kills the worker. The next one has no room for more than one run at a time."""
+    claims = claims_of(market.name)
+    if not installed(market.way.needs):
+        why = f"{FRAMEWORKS[market.way.needs]}, and is not installed"
+        return [not_run("works" if what == "mug" else "holds", claim, why) for what, claim in claims.items()]
+    lamp = asyncio.create_task(market.shop("lamp"))
+    quick = {"retry_policy": quick_retries(PATIENCE["retry_policy"])}
+    hurried = {name: quick | {"start_to_close_timeout": soon()} for name in market.way.tools}
+    async with market.worker(shortened=hurried) as worker:
+        await worker.wait(60 * slowness())
+    patient = dict.fromkeys(market.way.tools, quick)
+    async with market.worker(shortened=patient, max_cached_workflows=1):
+        lamp_report, vase_report = await lamp, await market.shop("vase")
+        kettles = [f"kettle{n}" for n in range(KETTLES)]
+        boiling = [asyncio.create_task(market.shop(kettle)) for kettle in kettles]
+        await until(lambda: all(len(market.tools(kettle)) == 2 for kettle in kettles), "each is in its second tool")
+        mug_report = await market.shop("mug")
+        open_gate(market.gate)
+        kettle_reports = await asyncio.gather(*boiling)
+        failing = [await model_errors(market)] if market.name == "agents" else []
+    begun = Counter(notes(market.begun))
+    each = [
+        market.facts(kettle, report, TOOLS_ONCE, TURNS) for kettle, report in zip(kettles, kettle_reports, strict=True)
+    ]
+    return [
+        works(claims["mug"], **market.facts("mug", mug_report, TOOLS_ONCE, TURNS)),
+        holds(claims["vase"], **market.facts("vase", vase_report, [*TOOLS_ONCE, "reserve", "reserve"], TURNS)),
+        holds(claims["lamp"], **market.facts("lamp", lamp_report, [*TOOLS_ONCE, "reserve"], TURNS)),
+        holds(
+            claims["kettle"],
+            agents=KETTLES,
+            max_cached_workflows=1,
+            their_code_was_begun_each=at_least(
+                min(begun[f"{market.lab.id}-{market.name}-{kettle}"] for kettle in kettles), 2
+            ),
+            another_one_meanwhile=contains(mug_report, "7", "R-1"),
+            **{f"{name}_{n}": fact for n, facts in enumerate(each, 1) for name, fact in facts.items()},
+        ),
+        *failing,
+    ]
+
+
+MODEL_ERRORS = "OpenAI Agents SDK by Temporal's plugin: a 500 of the model is retried, a 400 fails the workflow at once"
+
+
+async def model_errors(market: Market) -> Evidence:
+    if not market.model.local:
+        return not_run("holds", MODEL_ERRORS, UNSEEN)
+    report, why = await asyncio.gather(market.shop("cup@500:1"), market.shop("jug@400:9"))
+    return holds(
+        MODEL_ERRORS,
+        **market.facts("cup@500:1", report, TOOLS_ONCE, [1, *TURNS]),
+        turns_with_a_400=equal(market.turns("jug@400:9"), [1]),
+        then=contains(why, "FAILED", "400"),
+    )
+
+
+OVER_AGAIN = ["stock", "reserve", "stock", "reserve"]
+STARTS_OVER = (
+    "a framework run whole inside an activity, without a checkpointer, starts over: model calls and tools repeat"
+)
+
+
+async def graph_in_activity(market: Market) -> list[Evidence]:
+    lamp = asyncio.create_task(market.shop("lamp"))
+    shorter = shortened("shop_by_graph", missed=soon())
+    async with market.worker(shortened=shorter, **PROMPT) as worker:
+        await worker.wait(60 * slowness())
+    async with market.worker(shortened=shorter, **PROMPT):
+        report, mug_report = await lamp, await market.shop("mug")
+    seen = {"turns_the_model_saw": equal(market.turns("lamp"), [1, 2, *TURNS])} if market.model.local else {}
+    over: dict[str, Any] = {"tools_that_ran": equal(market.tools("lamp"), OVER_AGAIN)}
+    return [
+        works(claims_of("activity")["mug"], **market.facts("mug", mug_report, TOOLS_ONCE, TURNS)),
+        holds(
+            "graph in an activity: worker killed inside the second tool: it finishes, on a second attempt",
+            **market.facts("lamp", report, OVER_AGAIN, [1, 2, *TURNS]),
+        ),
+        limit(STARTS_OVER, **(over | seen)),
+    ]
+
+
+async def shop_plainly(url: str, wish: Wish, store: Store, done: str) -> None:
+    """The control: the agent of the lesson as an ordinary program."""
+    from agents import Agent, OpenAIProvider, RunConfig, Runner, function_tool
+
+    async def reserve(product: str) -> str:
+        """Reserve one piece of a product."""
+        return await store.reserve(product)
+
+    agent = Agent(
+        name="Shopper", instructions="You buy things.", model=wish.model,
+        tools=[function_tool(store.stock), function_tool(reserve)],
+    )  # fmt: skip
+    client = model_client(base_url=url, api_key=model_key())
+    provider = OpenAIProvider(openai_client=client, use_responses=False)
+    result = await Runner.run(agent, errand(wish), run_config=RunConfig(model_provider=provider))
+    note(done, str(result.final_output))
+
+
+async def agent_without_temporal(market: Market) -> Evidence:
+    wish, done = Wish(market.product("lamp"), market.model.name), market.lab.file("plain-done")
+    for _ in range(2):
+        async with market.lab.process(
+            shop_plainly, market.model.url, wish, market.store, done, nursery=market.nursery
+        ) as program:
+            ended_by = await program.wait(60 * slowness())
+            if ended_by == 0:
+                break
+    return control(
+        "the same agent without Temporal starts over after the kill",
+        **market.facts("lamp", (notes(done) or [""])[0], OVER_AGAIN, [1, 2, *TURNS]),
+    )
+
+
+def look_up(file: str) -> None:
+    """Look the plugins up where they are imported: this takes seconds, which the main process need not spend."""
     from temporalio.openai_agents import ModelActivityParameters, OpenAIAgentsPlugin
     from temporalio.openai_agents.workflow import activity_as_tool
 
     evidence = native(
-        "the plugin is generally available, and the agent needs no line for its recovery",
+        "the OpenAI Agents SDK's plugin is generally available, and the agent needs no line for its recovery",
         (Client.connect, "plugins"),
         (OpenAIAgentsPlugin, "model_params"),
         (OpenAIAgentsPlugin, "model_provider"),
         (ModelActivityParameters, "start_to_close_timeout"),
         (ModelActivityParameters, "retry_policy"),
         activity_as_tool,
-        workflow.execute_activity_method,
-        activity.heartbeat,
         workflow.unsafe.imports_passed_through,
-        adds=keywords_in([AgentShopping, shopper], "try", "except"),
+        adds=keywords_in([Shopper, agents_plugin], "try", "except"),
     )
     note(file, json.dumps(asdict(evidence)))
+    if installed("temporalio.langgraph"):
+        note(file, str(native("its stage", importlib.import_module("temporalio.langgraph").LangGraphPlugin).stage))
 
 
-async def plugin_is_native(lab: Lab, model: Endpoint, fork: Fork) -> Evidence:
-    async with fork(look_up_plugin, lab.file("native")) as child:
-        await child.wait()
-    return Evidence(**json.loads(notes(lab.file("native"))[0]))
-
-
-async def shop(lab: Lab, shopping: Shopping, kind: type, queue: str) -> str:
-    """Let an agent shop, and return its report, or why there is none."""
-    handle: WorkflowHandle[Any, str] = await lab.client.start_workflow(
-        kind.__name__, shopping, id=f"{queue}-{shopping.product}", task_queue=queue, task_timeout=SOON, result_type=str
+async def plugins_are_native(market: Market) -> list[Evidence]:
+    file = market.lab.file("native")
+    async with market.lab.process(look_up, file, nursery=market.nursery) as child:
+        await child.wait(60 * slowness())
+    evidence, *stage = notes(file)
+    claim = "LangGraph by Temporal's plugin is experimental"
+    late = (
+        limit(claim, stage=equal(stage[0], "experimental")) if stage else not_run("limit", claim, "it is not installed")
     )
-    try:
-        return await handle.result()
-    except WorkflowFailureError as error:
-        return f"failed: {causes(error)[-1]}"
-
-
-async def shop_and_die(lab: Lab, fork: Fork, shopping: Shopping, kind: type, name: str) -> tuple[str, list[str]]:
-    """The same with a product that kills the worker, and a second worker. Returns (report, tools that ran)."""
-    queue, ledger = f"{lab.id}-{name}", lab.file(name)
-    report = asyncio.create_task(shop(lab, shopping, kind, queue))
-    async with fork(serve_agents, lab.target, queue, shopping.model.url, ledger) as worker:
-        await worker.wait(60)
-    async with fork(serve_agents, lab.target, queue, shopping.model.url, ledger):
-        return await report, notes(ledger)
-
-
-def reports(text: str) -> bool:
-    """Whether the agent says what its tools found out."""
-    return "7" in text and "R-1" in text
-
-
-def turns(model: Endpoint, shopping: Shopping) -> list[int]:
-    """At which length of the conversation the model was called, in the order of the calls; 1 is the first turn."""
-    if not model.local:
-        return []
-    lengths = [call.turn for call in model.calls(shopping.model)]
-    return [1 + (length - min(lengths)) // 2 for length in lengths]
-
-
-def told(model: Endpoint, shopping: Shopping) -> str:
-    return f"turns the model saw: {turns(model, shopping)}" if model.local else "model calls: not told"
-
-
-def tools_for(product: str, ledger: str) -> list[str]:
-    """The tools that ran for a product."""
-    return [line.split()[0] for line in notes(ledger) if line.split()[1] == product]
-
-
-async def agents_at_work(lab: Lab, model: Endpoint, fork: Fork) -> list[Evidence]:
-    """Agents whose worker stays alive; their tools and their model do not always."""
-    queue, ledger = f"{lab.id}-alive", lab.file("alive")
-    agent, graph, flaky = (Shopping(model.named(product), product) for product in ("mug", "bowl", "vase"))
-    async with fork(serve_agents, lab.target, queue, model.url, ledger):
-        reported = await asyncio.gather(
-            shop(lab, agent, AgentShopping, queue),
-            shop(lab, graph, GraphInActivity, queue),
-            shop(lab, flaky, AgentShopping, queue),
-        )
-        failing = await model_errors(lab, model, queue, ledger)
-    tools = [tools_for(one.product, ledger) for one in (agent, graph, flaky)]
-    seen = [turns(model, one) for one in (agent, graph, flaky)]
-    measured = [
-        f"tools that ran: {', '.join(ran)}; {told(model, one)}; report: {report[:80]!r}"
-        for one, ran, report in zip((agent, graph, flaky), tools, reported, strict=True)
-    ]
-    fine = [reports(report) and turn in ([], [1, 2, 3]) for report, turn in zip(reported, seen, strict=True)]
-    return [
-        works(
-            "OpenAI Agents SDK by Temporal's plugin: the agent uses its tools and reports",
-            fine[0] and tools[0] == ["stock", "reserve"],
-            measured[0],
-        ),
-        works(
-            "LangGraph inside an activity: the agent uses its tools and reports",
-            fine[1] and tools[1] == ["stock", "reserve"],
-            measured[1],
-        ),
-        holds(
-            "plugin: a tool that fails twice is retried without the model being asked again",
-            fine[2] and tools[2] == ["stock", "reserve", "reserve", "reserve"],
-            measured[2],
-        ),
-        failing,
-    ]
-
-
-async def model_errors(lab: Lab, model: Endpoint, queue: str, ledger: str) -> Evidence:
-    claim = "plugin: a 500 of the model is retried, a 400 fails the workflow at once"
-    if not model.local:
-        return holds(claim, None, UNSEEN)
-    shaky, wrong = Shopping(model.named("500:1/agent"), "cup"), Shopping(model.named("400:9/agent"), "jug")
-    report, why = await asyncio.gather(*(shop(lab, one, AgentShopping, queue) for one in (shaky, wrong)))
-    return holds(
-        claim,
-        reports(report) and tools_for("cup", ledger) == ["stock", "reserve"] and turns(model, shaky) == [1, 1, 2, 3]
-        and turns(model, wrong) == [1] and why.startswith("failed") and "400" in why,
-        f"500 once: {told(model, shaky)}, report: {report[:80]!r}; 400: {told(model, wrong)}, {why}",
-    )  # fmt: skip
-
-
-async def agent_killed(lab: Lab, model: Endpoint, fork: Fork) -> Evidence:
-    claim = "plugin: worker killed inside the second tool: no model call and no finished tool is repeated"
-    shopping = Shopping(model.named("agent-killed"), "lamp")
-    report, tools = await shop_and_die(lab, fork, shopping, AgentShopping, "agent-killed")
-    right = reports(report) and tools == ["stock lamp", "reserve lamp", "reserve lamp"]
-    return holds(
-        claim,
-        (right and turns(model, shopping) == [1, 2, 3]) if model.local else None,
-        f"tools that ran: {', '.join(tools)}; {told(model, shopping)}; report: {report[:80]!r}"
-        if model.local
-        else UNSEEN,
-    )
-
-
-async def graph_killed(lab: Lab, model: Endpoint, fork: Fork) -> list[Evidence]:
-    shopping = Shopping(model.named("graph-killed"), "lamp")
-    report, tools = await shop_and_die(lab, fork, shopping, GraphInActivity, "graph-killed")
-    repeated = turns(model, shopping)
-    measured = f"tools that ran: {', '.join(tools)}; {told(model, shopping)}; report: {report[:80]!r}"
-    whole = ["stock lamp", "reserve lamp"]
-    return [
-        holds(
-            "graph in an activity: worker killed inside the second tool: it finishes, on a second attempt",
-            reports(report) and tools == whole * 2,
-            measured,
-        ),
-        limit(
-            "a framework run whole inside an activity starts over: its finished model calls and tools are repeated",
-            tools == whole * 2 and repeated in ([], [1, 2, 1, 2, 3]),
-            measured,
-        ),
-    ]
-
-
-async def agent_without_temporal(lab: Lab, model: Endpoint, fork: Fork) -> Evidence:
-    shopping, ledger = Shopping(model.named("plain"), "lamp"), lab.file("plain")
-    async with fork(shop_without_temporal, shopping, ledger) as program:
-        first = await program.wait()
-    async with fork(shop_without_temporal, shopping, ledger) as program:
-        await program.wait()
-    tools = notes(ledger)[:-1]
-    return control(
-        "the same agent without Temporal starts over after the kill",
-        first == -signal.SIGKILL and tools == ["stock lamp", "reserve lamp"] * 2
-        and turns(model, shopping) in ([], [1, 2, 1, 2, 3]),
-        f"tools that ran: {', '.join(tools)}; {told(model, shopping)}",
-    )  # fmt: skip
+    return [Evidence(**json.loads(evidence)), late]
 
 
 @AI.item("AI-05", "Agent frameworks", seconds=180)
 async def agent_frameworks(lab: Lab) -> AsyncIterator[Evidence]:
-    """One agent in two frameworks; its worker dies in mid-agent, its tool and its model fail."""
-    frameworks = ("temporalio.openai_agents", "langgraph.prebuilt", "langchain_openai")
-    with lab.nursery(*frameworks) as nursery:
+    """One agent in three frameworks; its worker dies in mid-agent, forgets it, its tool and its model fail."""
+    there = [module for module in (*FRAMEWORKS, *OTHERS) if installed(module)]
+    if not installed("temporalio.openai_agents"):
+        raise NotRun(f"{FRAMEWORKS['temporalio.openai_agents']} and is not installed")
+    with lab.nursery(*there) as nursery:
         async with an_endpoint(lab) as model:
-            fork = functools.partial(lab.process, nursery=nursery)
-            parts = (agent_killed, graph_killed, agent_without_temporal, agents_at_work, plugin_is_native)
-            async for evidence in side_by_side(*(part(lab, model, fork) for part in parts)):
+            market = functools.partial(Market, lab, model, nursery)
+            parts: list[Any] = [agents_at_work(market(way)) for way in ("agents", "pydantic", "graph")]
+            parts += [graph_in_activity(market("activity")), agent_without_temporal(market("agents", "plain"))]
+            async for evidence in side_by_side(*parts, plugins_are_native(market("agents", "native"))):
                 yield evidence
     yield cited(
-        "CrewAI has no integration and fits only inside an activity, as LangGraph does here",
-        "a script in comparison/, with dependencies of its own: crewai and openai-agents do not resolve together",
+        "CrewAI has no integration and fits only inside an activity; LangGraph goes on there with a checkpointer",
+        "scripts in comparison/, with dependencies of their own: crewai and openai-agents do not resolve together",
     )
 
 
 # AI-06 Tool execution --------------------------------------------------------------------------------
-# Each tool is an activity with a patience of its own. What a tool cannot do, the model is told, and goes
-# on; when to stop is the workflow's to say.
+# Each tool is an activity with a patience of its own. What a tool cannot do, the model is told, and goes on; so it is
+# told of a tool that it made up. How many tools it may use is the workflow's to say.
 
 
 @dataclass
@@ -1845,298 +2403,401 @@ class Turn:
 
 @dataclass
 class Chat:
-    model: Model
     messages: list[dict[str, Any]]
     tools: list[str]
 
 
-@activity.defn
-async def chat(request: Chat) -> Turn:
-    """One turn of the model, which answers or asks for tools."""
-    tools: Any = [{"type": "function", "function": TOOLS[name]} for name in request.tools]
-    try:
-        completion = await model_client(request.model.url).chat.completions.create(
-            model=request.model.name, messages=list[Any](request.messages), tools=tools
-        )
-    except openai.APIStatusError as error:
-        raise for_temporal(error) from None
-    message = completion.choices[0].message
-    calls = [
-        ToolCall(one.id, one.function.name, one.function.arguments)
-        for one in message.tool_calls or []
-        if one.type == "function"
-    ]
-    return Turn(message.model_dump(exclude_none=True), calls)
+@dataclass(frozen=True)
+class Tool:
+    """A tool as the model is told of it, and how patient to be with it."""
+
+    description: str
+    patience: workflow.ActivityConfig
+
+    def told(self, name: str) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {"topic": {"type": "string"}}, "required": ["topic"]}
+        function = {"name": name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
 
 
-def tool(name: str, description: str) -> dict[str, Any]:
-    """A tool as the model is told of it: each takes a topic."""
-    parameters = {"type": "object", "properties": {"topic": {"type": "string"}}, "required": ["topic"]}
-    return {"name": name, "description": description, "parameters": parameters}
-
-
+QUICK: workflow.ActivityConfig = {"start_to_close_timeout": timedelta(seconds=30)}
+ONCE: workflow.ActivityConfig = {**QUICK, "retry_policy": RetryPolicy(maximum_attempts=1)}
+LONG: workflow.ActivityConfig = {
+    "start_to_close_timeout": timedelta(hours=1),
+    "heartbeat_timeout": timedelta(seconds=30),
+    # Who stops the agent waits until the tool has ended: what it was about to do is done or not, and known.
+    "cancellation_type": ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+}
 TOOLS = {
-    name: tool(name, description)
-    for name, description in {
-        "flaky": "Look a topic up in the first source.",
-        "slow": "Look a topic up in the second source.",
-        "hanging": "Look a topic up in the third source.",
-        "poison": "Look a topic up in the fourth source.",
-        "long": "Look a topic up in the archive.",
-        "mcp": "Count the letters of a topic.",
-    }.items()
-}
-
-# How patient to be with each tool, and how often to try it.
-PATIENCE: dict[str, workflow.ActivityConfig] = {
-    "flaky": {"start_to_close_timeout": PATIENT, "retry_policy": RETRY},
-    "slow": {"start_to_close_timeout": PATIENT, "retry_policy": RetryPolicy(maximum_attempts=1)},
-    "hanging": {"start_to_close_timeout": PATIENT, "heartbeat_timeout": NOTICED, "retry_policy": RETRY},
-    "poison": {"start_to_close_timeout": PATIENT, "retry_policy": RetryPolicy(maximum_attempts=1)},
-    "long": {"start_to_close_timeout": PATIENT, "heartbeat_timeout": NOTICED, "retry_policy": RETRY},
-    "mcp": {"start_to_close_timeout": PATIENT, "heartbeat_timeout": NOTICED, "retry_policy": RETRY},
+    "catalogue": Tool("Look a topic up in the catalogue.", {**QUICK, "retry_policy": RetryPolicy(maximum_attempts=5)}),
+    "expert": Tool("Ask an expert about a topic, which costs money.", ONCE),
+    "archive": Tool("Read what the archive has on a topic.", LONG),
 }
 
 
-class Toolbox:
-    """The tools, with what they need and a model must not see."""
+class Library(Protocol):
+    """The world outside."""
 
-    def __init__(self, ledger: str, mcp_server: str = "") -> None:
-        self.ledger, self.mcp_server = ledger, mcp_server
+    async def ask(self, source: str, topic: str) -> str: ...
 
-    def begin(self) -> int:
-        info = activity.info()
-        note(self.ledger, f"begin {info.activity_type} {info.attempt}")
-        return info.attempt
+    async def read_page(self, topic: str, page: int) -> None: ...
 
-    def end(self, result: str) -> str:
-        note(self.ledger, f"end {activity.info().activity_type}")
-        return result
 
-    @activity.defn
-    async def flaky(self, topic: str) -> str:
-        if self.begin() < 3:
-            raise RuntimeError("the source is busy")
-        return self.end("flaky says 11")
+class Research:
+    """The activities of the agent: the model's turns, and its tools with what they need and a model must not see."""
+
+    def __init__(self, llm: Llm, library: Library) -> None:
+        self.llm, self.library = llm, library
 
     @activity.defn
-    async def slow(self, topic: str) -> str:
-        self.begin()
-        await asyncio.sleep(1)
-        return self.end("slow says 22")
-
-    @activity.defn
-    async def hanging(self, topic: str) -> str:
-        if self.begin() == 1:
-            await asyncio.sleep(3600)  # and no heartbeat, so that it is noticed
-        return self.end("hanging says 33")
-
-    @activity.defn
-    async def poison(self, topic: str) -> str:
-        self.begin()
-        raise RuntimeError("the source does not exist")
-
-    @activity.defn
-    async def long(self, topic: str) -> str:
-        """Twenty pages. The last one finished goes with the heartbeat, and comes back to the next attempt."""
-        attempt = self.begin()
-        done = activity.info().heartbeat_details
-        first = done[0] + 1 if done else 1
+    async def chat(self, chat: Chat) -> Turn:
+        """One turn of the model, which answers or asks for tools."""
+        tools: Any = [TOOLS[name].told(name) for name in chat.tools]
         try:
-            for page in range(first, 21):
-                # The first attempt comes no further, so that it can be killed in the middle.
-                await asyncio.sleep(3600 if attempt == 1 and page == 12 else 0.1)
-                note(self.ledger, f"page {page}")
-                activity.heartbeat(page)
-        except asyncio.CancelledError:
-            note(self.ledger, "cancelled")
-            raise
-        return self.end("20 pages read")
+            async with beating():
+                completion = await self.llm.client.chat.completions.create(
+                    model=self.llm.model, messages=list[Any](chat.messages), tools=tools
+                )
+        except openai.APIError as error:
+            raise for_temporal(error) from None
+        message = completion.choices[0].message
+        calls = [
+            ToolCall(one.id, one.function.name, one.function.arguments)
+            for one in message.tool_calls or []
+            if one.type == "function"
+        ]
+        return Turn(message.model_dump(exclude_none=True), calls)
 
     @activity.defn
-    async def mcp(self, topic: str) -> str:
-        """A tool of an MCP server, which is started for the call and speaks over stdin and stdout."""
-        self.begin()
-        async with beating():
-            return self.end(await call_mcp(self.mcp_server, topic))
+    async def catalogue(self, topic: str) -> str:
+        return await self.library.ask("catalogue", topic)
+
+    @activity.defn
+    async def expert(self, topic: str) -> str:
+        return await self.library.ask("expert", topic)
+
+    @activity.defn
+    async def archive(self, topic: str) -> str:
+        """Twenty pages. The last one finished goes with the heartbeat, and comes back to the next attempt."""
+        done = activity.info().heartbeat_details
+        for page in range(done[0] + 1 if done else 1, 21):
+            await self.library.read_page(topic, page)
+            activity.heartbeat(page)
+        return "20 pages read"
 
 
 @dataclass
 class Task:
-    model: Model
     prompt: str
     tools: list[str]
     budget: int = 10  # so many tool calls at most
-    forgiving: bool = True  # a failed tool is reported to the model instead of failing the workflow
-
-
-@dataclass
-class Outcome:
-    text: str
-    messages: list[dict[str, Any]] = field(default_factory=list)
 
 
 @workflow.defn
-class ToolLoop:
-    """The loop of an agent: the model asks for tools until it has an answer, or is stopped."""
+class Researcher:
+    """The loop of an agent: the model asks for tools until it has an answer. A person stops it by cancelling it."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.messages: list[dict[str, Any]] = []
 
     @workflow.run
-    async def run(self, task: Task) -> Outcome:
-        work = asyncio.create_task(self.loop(task))
-        await workflow.wait_condition(lambda: work.done() or self.stopped)
-        if not work.done():
-            work.cancel()
-            await workflow.wait_condition(work.done)
-            return Outcome("stopped by a person")
-        return await work
-
-    async def loop(self, task: Task) -> Outcome:
-        messages: list[dict[str, Any]] = [{"role": "user", "content": task.prompt}]
+    async def run(self, task: Task) -> str:
+        self.messages.append({"role": "user", "content": task.prompt})
         used = 0
         while True:
-            turn = await workflow.execute_activity(
-                chat, Chat(task.model, messages, task.tools), start_to_close_timeout=PATIENT, retry_policy=RETRY
-            )
-            messages.append(turn.message)
+            turn = await workflow.execute_activity_method(
+                Research.chat, Chat(self.messages, task.tools), **PATIENCE
+            )  # fmt: skip
+            self.messages.append(turn.message)
             if not turn.calls:
-                return Outcome(str(turn.message.get("content")), messages)
+                return str(turn.message.get("content"))
             used += len(turn.calls)
             if used > task.budget:
-                return Outcome(f"stopped by the budget of {task.budget} tool calls", messages)
+                return f"stopped by the budget of {task.budget} tool calls"
             # Side by side, and in the order in which the model asked.
-            messages += await asyncio.gather(*(self.use(call, task.forgiving) for call in turn.calls))
+            results = await asyncio.gather(*(self.use(call, task.tools) for call in turn.calls))
+            for call, result in zip(turn.calls, results, strict=True):
+                self.messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
 
-    async def use(self, call: ToolCall, forgiving: bool) -> dict[str, Any]:
+    async def use(self, call: ToolCall, tools: list[str]) -> str:
+        """The result of a tool for the model. An exception that is not caught here would keep the workflow for ever."""
+        if call.name not in tools:
+            return f"There is no tool {call.name}: use one of {', '.join(tools)}."
         try:
-            topic = json.loads(call.arguments)["topic"]
-            result = await workflow.execute_activity(call.name, topic, result_type=str, **PATIENCE[call.name])
+            topic = str(json.loads(call.arguments)["topic"])
+        except (ValueError, TypeError, KeyError) as error:
+            return f"The arguments cannot be read ({error!r}): send JSON with a topic."
+        try:
+            patience = TOOLS[call.name].patience
+            return str(await workflow.execute_activity(call.name, topic, result_type=str, **patience))
         except ActivityError as error:
-            # A stop is no failure of the tool.
-            if is_cancelled_exception(error) or not forgiving:
+            if is_cancelled_exception(error):  # by a person, which is no failure of the tool
                 raise
-            result = f"The tool failed: {error.cause}"
-        return {"role": "tool", "tool_call_id": call.id, "content": result}
+            return f"The tool failed: {error.cause}"
 
-    @workflow.signal
-    def stop(self) -> None:
-        self.stopped = True
-
-
-async def serve_tools(target: Target, task_queue: str, toolbox: Toolbox) -> None:
-    """The life of a worker process with the tools."""
-    if toolbox.mcp_server:
-        importlib.import_module("mcp")  # takes 1 s, in which an activity could not heartbeat
-    client, box = await connect(target), toolbox
-    tools: list[Callable[..., Any]] = [chat, box.flaky, box.slow, box.hanging, box.poison, box.long, box.mcp]
-    async with make_worker(client, task_queue, [ToolLoop], tools, **PROMPT):
-        await asyncio.Future()
+    @workflow.query
+    def said(self) -> list[dict[str, Any]]:
+        return self.messages
 
 
-async def begin_task(lab: Lab, task: Task, name: str) -> tuple[WorkflowHandle[Any, Outcome], str, Toolbox]:
-    """Start an agent. Returns its handle, its task queue, and the toolbox for its workers."""
-    queue = f"{lab.id}-{name}"
-    handle = await lab.client.start_workflow(ToolLoop.run, task, id=queue, task_queue=queue, task_timeout=SOON)
-    return handle, queue, Toolbox(lab.file(name))
+class Shelves:
+    """A library for the example."""
+
+    async def ask(self, source: str, topic: str) -> str:
+        return f"The {source} knows of {topic}."
+
+    async def read_page(self, topic: str, page: int) -> None:
+        print(f"Page {page} on {topic}")
 
 
-def prompt_for(tools: Sequence[str], how: str) -> str:
-    named = ", ".join(tools)
-    return f"Look up the topic 'tides' with each of the tools {named}, once each, {how}. Then report what they said."
+def called(name: str, arguments: str) -> dict[str, Any]:
+    """A model that calls a tool."""
+    return {"tool_calls": [{"id": name, "type": "function", "function": {"name": name, "arguments": arguments}}]}
 
 
-def begun(ledger: str) -> Counter[str]:
-    """How often each tool was begun."""
-    return Counter(line.split()[1] for line in notes(ledger) if line.startswith("begin"))
+async def example_ai_06(client: Client) -> None:
+    model = rehearsed(
+        called("oracle", "{}"), called("catalogue", '{"topic": "tides"}'), {"content": "The moon does it."}
+    )
+    research = Research(Llm(model, "gpt-5-mini"), Shelves())
+    tools = [research.catalogue, research.expert, research.archive]
+    async with Worker(client, task_queue="research", workflows=[Researcher], activities=[research.chat, *tools]):
+        task = Task("What makes the tides? Use the tools.", list(TOOLS))
+        handle = await client.start_workflow(Researcher.run, task, id=f"research-{uuid.uuid4()}", task_queue="research")
+        print(await handle.result(), await handle.query(Researcher.said))
 
 
-TROUBLE = ["hanging", "slow", "flaky", "poison"]
+# AI-06 put to the test -------------------------------------------------------------------------------
+
+PAGES = 20
+HELD = 12  # the page in which the archive's worker is killed
+TOOLS["letters"] = Tool("Count the letters of a topic.", {**QUICK, "heartbeat_timeout": timedelta(seconds=10)})
+TROUBLE = ["archive", "letters", "catalogue", "expert"]
 
 
-async def four_bad_tools(lab: Lab, model: Endpoint) -> list[Evidence]:
-    """The model asks for four tools at once; each is bad in its own way."""
-    task = Task(model.named("bad"), prompt_for(TROUBLE, "all at once"), TROUBLE)
-    handle, queue, box = await begin_task(lab, task, "bad")
-    async with lab.process(serve_tools, lab.target, queue, box):
-        outcome = await handle.result()
-    results = [one["content"] for one in outcome.messages if one["role"] == "tool"]
-    attempts, lines = begun(box.ledger), notes(box.ledger)
-    first_end = next(number for number, line in enumerate(lines) if line.startswith("end"))
-    together = {line.split()[1] for line in lines[:first_end] if line.startswith("begin")}
-    ended = [line.split()[1] for line in lines if line.startswith("end")]
-    said = ["hanging says 33", "slow says 22", "flaky says 11", "The tool failed: RuntimeError: the source does not"]
-    found = [text.startswith(start) for text, start in zip(results, said, strict=False)]
+class Reading:
+    """A library whose pages are noted. Each takes a while, and one never ends the first time."""
+
+    def __init__(self, ledger: str, seconds: float = 0, held: int = 0) -> None:
+        self.ledger, self.seconds, self.held = ledger, seconds, held
+
+    async def ask(self, source: str, topic: str) -> str:
+        return f"{source} says {len(source)}"
+
+    async def read_page(self, topic: str, page: int) -> None:
+        note(self.ledger, str(page))
+        await asyncio.sleep(self.seconds)
+        if page == self.held and notes(self.ledger).count(str(page)) == 1:
+            await asyncio.sleep(3600)
+
+
+class Letters:
+    """A tool of an MCP server, which is started for the call and speaks over stdin and stdout; or without one."""
+
+    def __init__(self, server: str = "") -> None:
+        self.server = server
+
+    @activity.defn
+    async def letters(self, topic: str) -> str:
+        if not self.server:
+            return f"letters says {len(topic)}"
+        async with beating():
+            return await self.by_mcp(topic)
+
+    async def by_mcp(self, topic: str) -> str:
+        await asyncio.to_thread(importlib.import_module, "mcp")  # takes a second, in which nothing could heartbeat
+        from mcp import Client, StdioServerParameters
+
+        server = StdioServerParameters(command=sys.executable, args=[self.server, f"{self.server}.ledger"])
+        async with Client(server) as client:
+            result = await client.call_tool("count_letters", {"topic": topic})
+        return " ".join(one.text for one in result.content if one.type == "text")
+
+
+@workflow.defn
+class Unforgiving(Researcher):
+    """The control: a tool that fails is an error like any other."""
+
+    @workflow.run
+    async def run(self, task: Task) -> str:
+        return await super().run(task)
+
+    async def use(self, call: ToolCall, tools: list[str]) -> str:
+        topic, patience = json.loads(call.arguments)["topic"], TOOLS[call.name].patience
+        return str(await workflow.execute_activity(call.name, topic, result_type=str, **patience))
+
+
+class Study:
+    """Where the trials are: tasks, the library, and the workers."""
+
+    def __init__(self, lab: Lab, model: "Endpoint") -> None:
+        self.lab, self.model = lab, model
+
+    def pages(self, name: str) -> str:
+        return self.lab.file(f"{name}-pages")
+
+    def parts(
+        self, name: str = "", seconds: float = 0, held: int = 0, letters: Letters | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """The arguments of a worker."""
+        research = Research(self.model.llm(), Reading(self.pages(name), seconds, held))
+        tools = [research.chat, research.catalogue, research.expert, research.archive, (letters or Letters()).letters]
+        return {
+            "workflows": [Researcher, Unforgiving],
+            "activities": tools,
+            "task_queue": f"{self.lab.id}{name and '-'}{name}",
+            "shortened": shortened("chat", "catalogue") | shortened("archive", "letters", missed=3 * soon()),
+            **PROMPT,
+        } | options
+
+    def task(self, name: str, tools: Sequence[str], how: str = "one after the other", **options: Any) -> Task:
+        """A task. Its name, behind @, asks the model for a fault."""
+        prompt = f"Look up the topic 'tides of {name}' with each of the tools {', '.join(tools)}, once each, {how}."
+        return Task(f"{prompt} Then report what they said.", list(tools), **options)
+
+    def turns(self, name: str) -> list["Heard"]:
+        return self.model.calls(f"tides of {name}")
+
+    def begun(self, handle: Handle) -> dict[str, int]:
+        """How often each tool was begun."""
+        return dict(Counter(call.activity for call in self.lab.calls(handle.id) if call.activity != "chat"))
+
+
+async def results_of(handle: Handle) -> list[str]:
+    """What the model was told of its tools."""
+    return [one["content"] for one in await handle.query(Researcher.said) if one["role"] == "tool"]
+
+
+async def four_bad_tools(lab: Lab, study: Study) -> list[Evidence]:
+    """The model asks for four tools at once; each is bad in its own way. None ends before all have begun."""
+    gate = lab.gate("four")
+    faults = [
+        replace(hold("archive", "", silent=True), attempts=1),
+        fail("catalogue", 2),
+        hold("catalogue", gate),
+        hold("letters", gate),
+        refuse("expert", why="the expert does not exist"),
+    ]
+    async with lab.worker(**study.parts("four", faults=faults)):
+        handle = await lab.start(
+            Researcher.run, study.task("four", TROUBLE, "all at once"), name="four", task_queue=f"{lab.id}-four"
+        )
+        with contextlib.suppress(TimeoutError):  # or some begin only when others have ended
+            await until(lambda: set(study.begun(handle)) == set(TROUBLE), "all four have begun", seconds=10)
+        together = sorted(study.begun(handle))
+        open_gate(gate)
+        how = await ended(handle)
+        results = await results_of(handle)
+    over = [call.activity for call in lab.calls(handle.id, "ended") if call.activity != "chat"]
+    said = ["20 pages read", "letters says 13", "catalogue says 9", "The tool failed: the expert does not exist"]
     return [
         works(
             "a flaky, a slow, a hanging and a poison tool: the loop ends with what three said and why one failed",
-            found == [True] * 4 and attempts == {"flaky": 3, "slow": 1, "hanging": 2, "poison": 1}
-            and all(number in outcome.text for number in ("11", "22", "33")),
-            f"attempts: {', '.join(f'{name} {count}' for name, count in attempts.items())}; told to the model: "
-            f"{results[3][:60]!r}; its answer: {outcome.text[:110]!r}",
+            attempts=equal(study.begun(handle), {"archive": 2, "letters": 1, "catalogue": 3, "expert": 1}),
+            told_to_the_model=equal(sorted(results), sorted(said)),
+            answer=contains(str(how.result), "20", "13", "9"),
         ),
         holds(
             "tools that the model asks for at once run at once, and their results keep the order of the calls",
-            together == set(TROUBLE) and found == [True] * 4 and ended != [one for one in TROUBLE if one in ended],
-            f"begun before the first of them ended: {len(together)} of {len(TROUBLE)}; ended: {', '.join(ended)}; "
-            f"results in the order of the calls: {', '.join(text.split()[0] for text in results)}",
+            begun_before_the_first_of_them_ended=equal(together, sorted(TROUBLE)),
+            ended=differs(over, [one for one in TROUBLE if one in over]),
+            results=equal(results, said),
         ),
-    ]  # fmt: skip
+    ]
 
 
-async def long_tool_killed(lab: Lab, model: Endpoint) -> Evidence:
-    task = Task(model.named("long"), prompt_for(["long"], "one after the other"), ["long"])
-    handle, queue, box = await begin_task(lab, task, "long")
-    async with lab.process(serve_tools, lab.target, queue, box) as worker:
-        await until(lambda: "page 11" in notes(box.ledger), "eleven pages are read", every=0.02)
-        await worker.kill()
-    async with lab.process(serve_tools, lab.target, queue, box):
-        outcome = await handle.result()
-    lines = notes(box.ledger)
-    second = lines.index("begin long 2")
-    before, after = ([int(line.split()[1]) for line in part if line.startswith("page")]
-                     for part in (lines[:second], lines[second:]))  # fmt: skip
+async def status_in_the_end(handle: Handle) -> str:
+    """How a run ended, or that it runs still."""
+    with contextlib.suppress(TimeoutError):
+        await ended(handle, 20)
+    return name_of(await status_of(handle))
+
+
+async def bad_calls(lab: Lab, study: Study) -> list[Evidence]:
+    """The model calls what there is not, and in ways that nobody understands."""
+    told = "a tool that the model made up, broken JSON and unfit arguments are told to the model, which mends its call"
+    kept = "without handling, a tool that the model made up keeps the agent for ever: its workflow task fails"
+    if not study.model.local:
+        return [not_run("holds", told, UNSEEN), not_run("control", kept, UNSEEN)]
+    names = [f"{fault}@{fault}:1" for fault in ("invented", "garbled", "unfit")]
+    handles = [await lab.start(Researcher.run, study.task(name, ["catalogue"]), name=name) for name in names]
+    control_name = "control@invented:1"
+    stuck = await lab.start(Unforgiving.run, study.task(control_name, ["catalogue"]), name=control_name)
+    statuses = await asyncio.gather(*map(status_in_the_end, handles))
+    both = zip(handles, statuses, strict=True)
+    results = [await results_of(handle) if status == "COMPLETED" else [""] for handle, status in both]
+    await until(lambda: failed_tasks(stuck), "the workflow task failed")
+    status, why = name_of(await status_of(stuck)), (await failed_tasks(stuck))[0]
+    await stuck.terminate()
+    first = [one[0] for one in results]
+    return [
+        holds(
+            told,
+            told_of_the_made_up_one=contains(first[0], "There is no tool oracle"),
+            of_broken_json=contains(first[1], "JSONDecodeError"),
+            of_unfit_arguments=contains(first[2], "KeyError"),
+            then=equal([one[1:] for one in results], [["catalogue says 9"]] * 3),
+            ended=equal(statuses, ["COMPLETED"] * 3),
+            tools_that_ran=equal([study.begun(handle) for handle in handles], [{"catalogue": 1}] * 3),
+        ),
+        control(kept, status=equal(status, "RUNNING"), workflow_task=contains(why, "oracle")),
+    ]
+
+
+async def long_tool_killed(lab: Lab, study: Study) -> Evidence:
+    """The worker is killed in a page, when the server has heard of the one before."""
+
+    async def heard_of_it() -> bool:
+        pending = (await lab.client.get_workflow_handle(f"{lab.id}-long").describe()).raw_description.pending_activities
+        details = [json.loads(payload.data) for one in pending for payload in one.heartbeat_details.payloads]
+        return details == [HELD - 1]
+
+    seen = await lab.take_over(
+        Researcher.run, study.task("long", ["archive"]), name="long", task_timeout=soon(),
+        parts=study.parts("long", held=HELD),
+        point=heard_of_it,
+    )  # fmt: skip
+    pages = [int(line) for line in notes(study.pages("long"))]
     return holds(
         "a long tool goes on where its last heartbeat was when its worker is killed",
-        1 < after[0] <= before[-1] + 1 and after == list(range(after[0], 21)) and begun(box.ledger) == {"long": 2}
-        and "20 pages read" in outcome.text,
-        f"SIGKILL after page {before[-1]} of 20; the second attempt began at page {after[0]}; "
-        f"pages read twice: {len(set(before) & set(after))}",
-    )  # fmt: skip
-
-
-async def budget(lab: Lab, model: Endpoint) -> Evidence:
-    claim = "a model that never stops asking for tools is stopped by the budget"
-    if not model.local:
-        return holds(claim, None, UNSEEN)
-    task = Task(model.named("endless:99"), prompt_for(["flaky"], "one after the other"), ["flaky"], budget=3)
-    handle, queue, box = await begin_task(lab, task, "budget")
-    async with lab.process(serve_tools, lab.target, queue, box):
-        outcome = await handle.result()
-    ended = notes(box.ledger).count("end flaky")
-    return holds(
-        claim,
-        outcome.text == "stopped by the budget of 3 tool calls" and ended == 3 and len(model.calls(task.model)) == 4,
-        f"{outcome.text}; tools that ran: {ended}; turns of the model: {len(model.calls(task.model))}",
+        killed_in_page=equal(pages[:HELD], list(range(1, HELD + 1))),
+        pages_of_the_second_attempt=equal(pages[HELD:], list(range(HELD, PAGES + 1))),
+        attempts=equal(study.begun(seen.handle), {"archive": 2}),
+        answer=contains(str(seen.ending.result), "20 pages"),
     )
 
 
-async def stop(lab: Lab, model: Endpoint) -> Evidence:
-    task = Task(model.named("stop"), prompt_for(["long"], "one after the other"), ["long"])
-    handle, queue, box = await begin_task(lab, task, "stop")
-    async with lab.process(serve_tools, lab.target, queue, box):
-        await until(lambda: "page 2" in notes(box.ledger), "the tool has begun", every=0.02)
-        await handle.signal(ToolLoop.stop)
-        outcome = await handle.result()
-        await until(lambda: "cancelled" in notes(box.ledger), "the tool was told")
-        lines = notes(box.ledger)
+async def budget(lab: Lab, study: Study) -> Evidence:
+    claim = "a model that never stops asking for tools is stopped by the budget"
+    if not study.model.local:
+        return not_run("holds", claim, UNSEEN)
+    name = "budget@endless:99"
+    handle = await lab.start(Researcher.run, study.task(name, ["catalogue"], budget=3), name=name)
+    how = await ended(handle)
     return holds(
-        "a person stops the agent: the tool that is running is cancelled, and nothing more begins",
-        outcome.text == "stopped by a person" and lines[-1] == "cancelled" and "end long" not in lines
-        and begun(box.ledger) == {"long": 1},
-        f"{outcome.text}; the tool was told after page {lines[-2].split()[1]} of 20",
-    )  # fmt: skip
+        claim,
+        result=equal(how.result, "stopped by the budget of 3 tool calls"),
+        tools_that_ran=equal(study.begun(handle), {"catalogue": 3}),
+        turns_of_the_model=equal(len(study.turns(name)), 4),
+    )
+
+
+async def stop(lab: Lab, study: Study) -> Evidence:
+    async with lab.worker(**study.parts("stop", seconds=0.2 * slowness())):
+        task = study.task("stop", ["archive", "catalogue"])
+        handle = await lab.start(Researcher.run, task, name="stop", task_queue=f"{lab.id}-stop")
+        await until(lambda: "2" in notes(study.pages("stop")), "the tool is under way", every=0.02)
+        await handle.cancel()
+        how = await ended(handle)
+        history = outline(await handle.fetch_history())
+    return holds(
+        "a person stops the agent: the tool that is running is cancelled, waited for, and nothing more begins",
+        status=equal(how.status, "CANCELED"),
+        tools_that_ran=equal(study.begun(handle), {"archive": 1}),
+        how_it_ended=equal([call.activity for call in lab.calls(handle.id, "failed")], ["archive"]),
+        pages_of_20=at_most(len(notes(study.pages("stop"))), PAGES - 1),
+        end_of_the_history=equal(history.splitlines()[-2:], ["ActivityTaskCanceled", "WorkflowExecutionCanceled"]),
+    )
 
 
 # A server of tools as anyone could install one. Its first process never answers, so that it can be cut off.
@@ -2155,28 +2816,12 @@ async def count_letters(topic: str) -> str:
     with open(ledger, "a") as file:
         print("asked", file=file)
     if len(open(ledger).readlines()) == 2:
-        await asyncio.sleep(20)
+        await asyncio.sleep(3600)
     return f"{len(topic)} letters"
 
 
 server.run("stdio")
 """
-
-
-def mcp_server(lab: Lab) -> str:
-    """Write the MCP server into the item's folder, as if it were installed. Returns its path."""
-    path = Path(lab.file("mcp_server.py"))
-    path.write_text(MCP_SERVER, encoding="utf-8")
-    return str(path)
-
-
-async def call_mcp(path: str, topic: str) -> str:
-    from mcp import Client, StdioServerParameters
-
-    server = StdioServerParameters(command=sys.executable, args=[path, f"{path}.ledger"])
-    async with Client(server) as client:
-        result = await client.call_tool("count_letters", {"topic": topic})
-    return " ".join(one.text for one in result.content if one.type == "text")
 
 
 def gone(pid: int) -> bool:
@@ -2189,72 +2834,293 @@ def gone(pid: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-async def mcp_tool(lab: Lab, model: Endpoint) -> Evidence:
-    task = Task(model.named("mcp"), prompt_for(["mcp"], "one after the other"), ["mcp"])
-    handle, queue, box = await begin_task(lab, task, "mcp")
-    box.mcp_server = mcp_server(lab)
-    servers = f"{box.mcp_server}.ledger"
+async def mcp_tool(lab: Lab, study: Study) -> Evidence:
+    path = Path(lab.file("mcp_server.py"))
+    path.write_text(MCP_SERVER, encoding="utf-8")  # as if it were installed
+    servers = f"{path}.ledger"
 
     def pids() -> list[int]:
         return [int(line) for line in notes(servers) if line.isdigit()]
 
     try:
-        async with lab.process(serve_tools, lab.target, queue, box) as worker:
-            await until(lambda: "asked" in notes(servers), "the MCP server was asked")
-            await worker.kill()
-        async with lab.process(serve_tools, lab.target, queue, box):
-            outcome = await handle.result()
-        ended = await until(lambda: all(map(gone, pids())), "the MCP servers have ended", 10)
+        seen = await lab.take_over(
+            Researcher.run, study.task("mcp", ["letters"]), name="mcp", task_timeout=soon(),
+            parts=study.parts("mcp", letters=Letters(str(path))),
+            point=lambda: "asked" in notes(servers),
+        )  # fmt: skip
+        await until(lambda: all(map(gone, pids())), "the MCP servers have ended", 10)
     finally:
         for pid in pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     return holds(
         "a tool of an MCP server over stdio; its worker killed in mid-call: asked again, no server is left behind",
-        "5 letters" in outcome.text and len(pids()) == 2 and notes(servers).count("asked") == 2,
-        f"MCP servers started: {len(pids())}, asked: {notes(servers).count('asked')}, all ended {ended:.1f} s "
-        f"after the answer; {outcome.text[:80]!r}",
+        answer=contains(str(seen.ending.result), "letters"),
+        servers_started_and_ended=equal(len(pids()), 2),
+        asked=equal(notes(servers).count("asked"), 2),
     )
 
 
-async def unforgiving(lab: Lab, model: Endpoint) -> Evidence:
-    task = Task(model.named("poison"), prompt_for(["poison"], "one after the other"), ["poison"], forgiving=False)
-    handle, queue, box = await begin_task(lab, task, "unforgiving")
-    why = ""
-    async with lab.process(serve_tools, lab.target, queue, box):
-        try:
-            await handle.result()
-        except WorkflowFailureError as error:
-            why = str(causes(error)[-1])
-    status = await status_of(handle)
+async def unforgiving(lab: Lab, study: Study) -> Evidence:
+    async with lab.worker(**study.parts("unforgiving", faults=[refuse("expert", why="the expert does not exist")])):
+        task = study.task("unforgiving", ["expert"])
+        handle = await lab.start(Unforgiving.run, task, name="unforgiving", task_queue=f"{lab.id}-unforgiving")
+        how = await ended(handle)
     return control(
         "without handling, one tool that fails is the end of the agent",
-        status == WorkflowExecutionStatus.FAILED and "does not exist" in why and begun(box.ledger) == {"poison": 1},
-        f"status {name_of(status)}: {why}",
+        status=equal(how.status, "FAILED"),
+        why=contains(how.why, "does not exist"),
+        tools_that_ran=equal(study.begun(handle), {"expert": 1}),
     )
 
 
 @AI.item("AI-06", "Tool execution", seconds=150)
 async def tool_execution(lab: Lab) -> AsyncIterator[Evidence]:
-    """An agent's tools fail, hang, die and are stopped; a ledger says which of them really ran."""
+    """An agent's tools fail, hang, die, are made up and are stopped; a ledger says which of them really ran."""
     async with an_endpoint(lab) as model:
-        parts = (mcp_tool, four_bad_tools, long_tool_killed, stop, budget, unforgiving)
-        async for evidence in side_by_side(*(part(lab, model) for part in parts)):
-            yield evidence
+        study = Study(lab, model)
+        parts = (mcp_tool, long_tool_killed, four_bad_tools, stop, bad_calls, budget, unforgiving)
+        async with lab.worker(**study.parts()):
+            async for evidence in side_by_side(*(part(lab, study) for part in parts)):
+                yield evidence
     yield native(
-        "patience, retries, heartbeats and stopping of tools are the SDK's; the loop of the agent, its budget and its "
-        "errors were written here (a framework's plugin, as in AI-05, brings the loop)",
+        "patience, retries, heartbeats and stopping of tools are the SDK's; the loop, its budget and errors are not",
+        workflow.execute_activity,
         (workflow.execute_activity, "start_to_close_timeout"),
         (workflow.execute_activity, "heartbeat_timeout"),
         (workflow.execute_activity, "retry_policy"),
+        (workflow.execute_activity, "cancellation_type"),
         (RetryPolicy, "maximum_attempts"),
+        ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
         workflow.ActivityConfig,
-        workflow.signal,
-        workflow.wait_condition,
+        WorkflowHandle.cancel,
         activity.heartbeat,
         (activity.Info, "heartbeat_details"),
-        adds=["the loop", "the budget", *keywords_in([ToolLoop], "except")],
+        adds=["the loop", "the budget", *keywords_in([Researcher, Research], "except")],
     )
+
+
+# The model behind the items ----------------------------------------------------------------------------
+# The user's, or a stand-in that speaks the API of OpenAI (chat completions, plain and streamed, with tools and JSON
+# schemas). It fails when a call's key, what stands in quotes in its prompt, or its model asks for it: "gpt@500:2"
+# answers 500 to two calls, and so does the key "order 1@500:2/first", which is counted apart. Every call goes into a
+# ledger that no worker and no Temporal server writes.
+
+
+ANSWER = "Here is my answer to: "
+UNSEEN = "a real model is configured: this needs the faults and the call counter of the local stand-in"
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One call as the stand-in noted it."""
+
+    model: str
+    key: str
+    prompt: str
+    turn: int
+    tokens: int
+    at: float
+    about: str = ""  # what stands 'in quotes' in the user's prompt
+    retry_after: str = ""
+    again: float = 0  # when to come again, if Retry-After was sent
+
+
+class PickledLlm(Llm):
+    """One that a worker process makes anew from these: a client cannot be sent there."""
+
+    def __init__(self, url: str, model: str, seconds: float) -> None:
+        super().__init__(model_client(base_url=url, api_key=model_key(), timeout=seconds), model)
+        self.made_of = (url, model, seconds)
+
+    def __reduce__(self) -> tuple[Callable[..., Llm], tuple[str, str, float]]:
+        return PickledLlm, self.made_of
+
+
+def model_key() -> str:
+    return os.environ.get("OPENAI_API_KEY") or "the stand-in asks for none"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The model that an item talks to. The stand-in also keeps a `ledger` of its calls, and can fail."""
+
+    url: str
+    name: str
+    ledger: str = ""
+
+    @property
+    def local(self) -> bool:
+        return self.ledger != ""
+
+    def llm(self, seconds: float = GIVE_UP.total_seconds()) -> Llm:
+        return PickledLlm(self.url, self.name, seconds)
+
+    def named(self, label: str) -> str:
+        """The name of the stand-in that tells its calls apart or asks for a fault; of a real model just its name."""
+        return f"{self.name}@{label}" if self.local else self.name
+
+    def calls(self, who: str) -> list[Heard]:
+        """The calls that the stand-in saw: with keys that begin so, about this, or of a model with this name."""
+        assert self.local, "a real model does not tell"
+        seen = [Heard(**json.loads(line)) for line in notes(self.ledger)]
+        return [one for one in seen if one.key.startswith(who) or who in (one.model, one.about)]
+
+    def gate(self, name: str) -> str:
+        """The file for which the fault "pause:1/name" waits."""
+        return f"{self.ledger or 'model'}-{name}.gate"
+
+
+@contextlib.asynccontextmanager
+async def an_endpoint(lab: Lab) -> AsyncIterator[Endpoint]:
+    """The user's model when there is a key for it, else the stand-in in a process of its own."""
+    if os.environ.get("OPENAI_API_KEY"):
+        url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        yield Endpoint(url, os.environ.get("OPENAI_MODEL") or "gpt-4o-mini")
+        return
+    ledger, ready = lab.file("model"), lab.file("model-port")
+    async with lab.process(serve_model, ledger, ready):
+        await until(lambda: notes(ready), "the stand-in for the model listens")
+        yield Endpoint(f"http://127.0.0.1:{notes(ready)[0]}/v1", "gpt-5-mini", ledger)
+
+
+async def serve_model(ledger: str, ready: str) -> None:
+    """The whole life of the stand-in. It notes its port in `ready` as soon as it listens."""
+    app = Starlette(routes=[Route("/v1/chat/completions", StandIn(ledger).answer, methods=["POST"])])
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", access_log=False))
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        note(ready, str(listening.getsockname()[1]))
+        await server.serve([listening])
+
+
+class StandIn:
+    """The stand-in for a paid model."""
+
+    def __init__(self, ledger: str) -> None:
+        self.ledger, self.count = ledger, Counter[str]()
+
+    async def answer(self, request: Request) -> Response:
+        body, key = await request.json(), request.headers.get("idempotency-key", "")
+        about = (re.findall(r"'([^']+)'", prompt_of(body)) or [""])[0]
+        who = next((one for one in (key, about) if "@" in one), body["model"])
+        self.count[who] += 1
+        label, _, name = who.partition("@")[2].partition("/")
+        fault, _, times = label.partition(":")
+        if not times or self.count[who] > int(times):
+            fault = ""
+        message = reply_to(body, fault)
+        usage = count_tokens(body["messages"], message)
+        headers, again = retry_after(fault)
+        prompt = str(body["messages"][-1].get("content"))
+        call = Heard(body["model"], key, prompt, len(body["messages"]), usage["total_tokens"], time.time(), about,
+                     headers.get("retry-after", ""), again)  # fmt: skip
+        note(self.ledger, json.dumps(asdict(call)))
+        if fault == "slow":
+            await asyncio.sleep(20 * slowness())
+        if fault[:3].isdigit():
+            refused = {"error": {"message": f"told to fail with {fault}"}}
+            return JSONResponse(refused, int(fault[:3]), headers)
+        if fault == "drop":
+            return StreamingResponse(iter(["{"]), headers={"content-length": "100"})
+        if fault == "malformed":
+            return Response('{"choices": [', media_type="application/json")
+        whole = {"id": "1", "object": "chat.completion", "created": int(time.time()), "model": body["model"]}
+        if body.get("stream"):
+            gate = f"{self.ledger}-{name}.gate" if fault == "pause" else ""
+            return StreamingResponse(stream(whole, message["content"], gate), media_type="text/event-stream")
+        finish = "tool_calls" if message.get("tool_calls") else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        return JSONResponse({**whole, "choices": [choice], "usage": usage})
+
+
+def retry_after(fault: str) -> tuple[dict[str, str], float]:
+    """The header of a refusal for a while, and when that is over."""
+    if fault == "429":
+        seconds = round(3 * slowness())
+        return {"retry-after": str(seconds)}, time.time() + seconds
+    if fault == "429-date":
+        again = (datetime.now(UTC) + timedelta(seconds=4 * slowness())).replace(microsecond=0)
+        return {"retry-after": format_datetime(again, usegmt=True)}, again.timestamp()
+    return {}, 0
+
+
+async def stream(whole: dict[str, Any], text: str, gate: str) -> AsyncIterator[str]:
+    """Server-sent events, one token each."""
+    for number, token in enumerate([*re.findall(r"\S+\s*", text), ""]):
+        if number == PAUSE and gate:
+            await until(Path(gate).exists, "it may go on")
+        choice = {"index": 0, "delta": {"content": token}, "finish_reason": None if token else "stop"}
+        yield f"data: {json.dumps({**whole, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        await asyncio.sleep(0.01)
+    yield "data: [DONE]\n\n"
+
+
+def reply_to(body: dict[str, Any], fault: str) -> dict[str, Any]:
+    """A message that serves the prompt: it calls the tools that are offered, and then reports on them."""
+    messages, tools = body["messages"], body.get("tools", [])
+    prompt = prompt_of(body)
+    results = [text_in(one["content"]) for one in messages if one["role"] == "tool"]
+    served = [one for one in results if not one.startswith(("There is no tool", "The arguments"))]
+    left = tools[:1] if fault == "endless" else tools[len(served) :]
+    if fault in ("invented", "garbled", "unfit"):
+        return {"role": "assistant", "content": None, "tool_calls": [bad_call(fault, tools[0], prompt)]}
+    if left:
+        called = left if "at once" in prompt else left[:1]
+        return {"role": "assistant", "content": None, "tool_calls": [tool_call(one, prompt) for one in called]}
+    return {"role": "assistant", "content": text_for(body, prompt, results, fault)}
+
+
+def prompt_of(body: dict[str, Any]) -> str:
+    return next(text_in(one["content"]) for one in reversed(body["messages"]) if one["role"] == "user")
+
+
+def text_in(content: Any) -> str:
+    """What a message says; its content is a text or a list of parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or [])
+
+
+def text_for(body: dict[str, Any], prompt: str, results: list[str], fault: str) -> str:
+    span = re.search(r"from (\d+) to (\d+)", prompt)
+    if form := body.get("response_format"):
+        filled = json.dumps(fill(form["json_schema"]["schema"], prompt))
+        if fault == "invalid" or (fault == "mending" and "refused" not in prompt):
+            return "I would say two mugs."
+        return filled.replace("2", '"a few"') if fault == "mending" and "Invalid JSON" in prompt else filled
+    if results:
+        return f"Done: {'; '.join(results)}."
+    if span:
+        return " ".join(f"{number}," for number in range(int(span.group(1)), int(span.group(2)) + 1))
+    return f"{ANSWER}{prompt}"
+
+
+def tool_call(tool: dict[str, Any], prompt: str, **other: str) -> dict[str, Any]:
+    function = {"name": tool["function"]["name"], "arguments": json.dumps(fill(tool["function"]["parameters"], prompt))}
+    return {"id": f"call_{secrets.token_hex(4)}", "type": "function", "function": function | other}
+
+
+def bad_call(fault: str, tool: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """A call of a tool that there is none of, with arguments that are no JSON, or with others than the tool takes."""
+    bad = {
+        "invented": {"name": "oracle"},
+        "garbled": {"arguments": '{"topic": '},
+        "unfit": {"arguments": '{"page": 1}'},
+    }
+    return tool_call(tool, prompt, **bad[fault])
+
+
+def fill(schema: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """Values for a schema: a choice by chance, a text as it stands 'in quotes' in the prompt, its first number."""
+    text, number = re.search(r"'([^']+)'", prompt), re.search(r"\d+", prompt)
+    values = {"string": text.group(1) if text else "nothing", "integer": int(number.group()) if number else 0}
+    properties = schema.get("properties", {})
+    return {
+        name: secrets.choice(one["enum"]) if "enum" in one else values[one["type"]] for name, one in properties.items()
+    }
+
+
+def count_tokens(messages: list[dict[str, Any]], message: dict[str, Any]) -> dict[str, int]:
+    asked, answered = len(json.dumps(messages).split()), len(json.dumps(message).split())
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ class Lab:
         shortened: Mapping[str, Mapping[str, Any]] | None = None,
         watched: bool = True,
         leaving: str = "",
+        nursery: Nursery | None = None,
         **options: Any,
     ) -> AsyncIterator[Child]:
         """A worker in a process of its own, which may be killed, and is on leaving the block. Options: see worker().
@@ -266,7 +267,14 @@ class Lab:
         parts = {"workflows": workflows, "activities": activities, **options}
         target = server.target if server else self._session.target
         async with self.process(
-            serve, target, connect_options or {}, task_queue or self.task_queue, parts, leaving, fresh=fresh
+            serve,
+            target,
+            connect_options or {},
+            task_queue or self.task_queue,
+            parts,
+            leaving,
+            fresh=fresh,
+            nursery=nursery,
         ) as child:
             yield child
             if not child.alive and not child.killed and await child.wait() == 1:

@@ -98,7 +98,8 @@ def copy_of(path: Path, item: str) -> str | None:
     pieces = [*_needed(tree, lines, own, lesson), own]
     imports = _imports(tree, _free("\n".join(pieces)))
     body = "\n\n\n".join(pieces).replace(lesson.example, "example")
-    head = _metadata([*imports, *MAIN_IMPORTS.splitlines()]) + _docstring(lesson)
+    inner = [ast.unparse(node) for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    head = _metadata([*imports, *inner, *MAIN_IMPORTS.splitlines()]) + _docstring(lesson)
     return head + _sorted(imports) + "\n\n" + body + "\n\n" + MAIN
 
 

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, changed, check_whole, evaluate
+from helpers import ROOT, Fall, check_falls, check_whole, evaluate, in_runs, name_of_run
 
 SCRIPT = ROOT / "11_ai_agent_integration.py"
 # Whoever runs the tests may have a model of their own in the environment: here the stand-in answers.
@@ -115,66 +115,114 @@ def test_a_model_of_ones_own_and_its_key_stays_secret(tmp_path: Path) -> None:
     assert key.encode() not in histories
 
 
-# (item, text in the script, what stands there instead, stars then: None where nothing is proven any more)
+PUT_ALL = 'return [await put(Question(f"{plan.number}/{n}", text)) for n, text in enumerate(plan.questions, 1)]'
+PUT_TWICE = PUT_ALL.replace("[await", "[(await").replace("text))", 'text)), await put(Question("again", text)))[0]', 1)
+CHANCE = """with workflow.unsafe.sandbox_unrestricted():
+                    action = secrets.choice(["refund", "replace", "escalate"])
+                await put(question)
+                return Decision.model_validate({"action": action, "pieces": 1})"""
+
 FALLS = [
     # Each question is put twice.
-    (
-        "AI-01",
-        'note(question.ledger, f"{question.model.name}: {question.text}")',
-        'note(question.ledger, f"{question.model.name}: {question.text}\\n{question.model.name}: {question.text}")',
-        1,
-    ),
+    Fall("AI-01", PUT_ALL, PUT_TWICE, 1, ["killed between two calls"]),
     # Every attempt has a key of its own.
-    ("AI-01", "{info.workflow_id}/{info.activity_id}", "{info.workflow_id}/{info.activity_id}/{info.attempt}", 3),
+    Fall("AI-01", f'{20 * " "}extra_headers={{"Idempotency-Key": question.key}}',
+         'extra_headers={"Idempotency-Key": f"{question.key}/{activity.info().attempt}"}', 3,
+         ["every attempt of a call"]),
+    # Keys are made of the workflow's id, which comes again.
+    Fall("AI-01", 'put(Question(f"{plan.number}/{n}"', 'put(Question(f"{workflow.info().workflow_id}/{n}"', 3,
+         ["every call one of its own"]),
     # No error is hopeless: 400 and 401 are retried.
-    ("AI-01", "HOPELESS = {400, 401, 403, 404, 422}", "HOPELESS: set[int] = set()", None),
+    Fall("AI-01", "HOPELESS = {400, 401, 403, 404, 413, 422}", "HOPELESS: set[int] = set()", 3, ["400 and 401"]),
     # What Retry-After asks for is not passed on.
-    ("AI-01", "timedelta(seconds=float(after)) if after else None", "None", 3),
+    Fall("AI-01", 'delay_of(error.response.headers.get("retry-after", ""))', "None", 3,
+         ["429: the next call", "a date"]),
+    # A date is not understood.
+    Fall("AI-01", "parsedate_to_datetime(retry_after)", "datetime.now(UTC)", 3, ["a date"]),
+    # The activity gives up before the client does.
+    Fall("AI-01", "GIVE_UP + timedelta(seconds=10)", "GIVE_UP - timedelta(seconds=30)", 3,
+         ["the client gives up before"]),
+    # The causes of a timeout are kept, and are more than the server keeps.
+    Fall("AI-01", "raise for_temporal(error) from None\n        usage",
+         "raise for_temporal(error) from error\n        usage", 3, ["the failure says what was wrong"]),
+    # The control knows what it has asked already.
+    Fall("AI-01", "in enumerate(plan.questions, 1):\n        if number == 3", "in [*enumerate(plan.questions, 1)]"
+         "[len(notes(answers)):]:\n        if number == 3", None, ["plain program"]),
     # A replay decides anew.
-    (
-        "AI-02",
-        "return await follow(decision, case)",
-        "return await follow(OPTIONS[len(notes(case.decisions))], case)",
-        1,
-    ),
+    Fall("AI-02", "return Decision.model_validate_json((await put(question)).text)", CHANCE, 1, ["on replay"]),
     # The guard is gone.
-    ("AI-02", 'if workflow.patched("kind-prompt"):', "if True:", 3),
+    Fall("AI-02", 'NEW if workflow.patched("kind-prompt") else OLD', "NEW", 3, ["behind patched()"]),
+    # An answer that is not valid is not asked for again.
+    Fall("AI-02", "for n in range(1, 4)", "for n in range(1, 2)", 3, ["validated by pydantic"]),
     # The control branches as before.
-    ("AI-02", "return await follow(secrets.choice(OPTIONS), case)", "return await follow(OPTIONS[0], case)", None),
+    Fall("AI-02", 'action = secrets.choice(["refund", "replace", "escalate"])', 'action = "refund"', None,
+         ["raw randomness"]),
     # No validator: anybody may decide.
-    ("AI-03", "    @decide.validator\n    def check", "    def check", 2),
+    Fall("AI-03", "    @decide.validator\n    def check", "    def check", 2, ["approved by update"]),
+    # A signal is heeded, whoever sends it.
+    Fall("AI-03", "if word.by in APPROVERS and not self.outcome:", "if not self.outcome:", 2, ["decided by signal"]),
     # The update is sent again under another id.
-    ("AI-03", 'Decision("ben", False, 9), id="ana-1"', 'Decision("ben", False, 9), id="ana-2"', None),
+    Fall("AI-03", 'Word("ben", False, 9), id="ana-1"', 'Word("ben", False, 9), id="ana-2"', 3, ["under its id"]),
+    # It is escalated too early.
+    Fall("AI-03", "timeout=refund.patience", "timeout=refund.patience / 2", 3, ["not before the time"]),
+    # What is escalated may still be decided.
+    Fall("AI-03",
+         '            self.outcome = self.outcome or "escalated"\n        await settle(refund.number, self.outcome)',
+         '            pass\n        await settle(refund.number, self.outcome or "escalated")', 3, ["it is too late"]),
     # The program of the control knows its request again.
-    ("AI-03", "waiting = secrets.token_hex(4)", 'waiting = "the only one"', None),
+    Fall("AI-03", "waiting = secrets.token_hex(4)", 'waiting = "the only one"', None, ["plain program"]),
+    # An update waits for the model's answer.
+    Fall("AI-03", "        self.inbox.queue.append(message)\n",
+         "        await put(Question(message.number, message.text))\n        self.inbox.queue.append(message)\n", 3,
+         ["into a queue"]),
+    # The agent does not continue as new.
+    Fall("AI-03", "return workflow.info().is_continue_as_new_suggested()", "return False", 3, ["continues as new"]),
     # No marker for a new attempt.
-    ("AI-04", 'pieces.publish(Piece(attempt, -1, "", time.time()))', "pass", 1),
+    Fall("AI-04", 'pieces.publish(Piece(attempt, -1, ""))', "pass", 1, ["while they come"]),
     # Who comes late begins one too far.
-    ("AI-04", "late, offset=middle)", "late, offset=middle + 1)", 3),
-    # A tool of the agent is tried once.
-    (
-        "AI-05",
-        "start_to_close_timeout=NOTICED, retry_policy=RETRY)",
-        "start_to_close_timeout=NOTICED, retry_policy=RetryPolicy(maximum_attempts=1))",
-        3,
-    ),
+    Fall("AI-04", "late, offset=middle)", "late, offset=middle + 1)", 3, ["after the end"]),
+    # Who was cut off comes back to the piece that was seen last.
+    Fall("AI-04", "broken, offset=broken[-1].offset + 1)", "broken, offset=broken[-1].offset)", 3, ["cut off"]),
+    # The marker is not heeded.
+    Fall("AI-04", "tokens = [] if one.index < 0 else", "tokens = tokens if one.index < 0 else", 3, ["in mid-stream"]),
+    # The control shows something before its activity has ended.
+    Fall("AI-04", "def so_far(self) -> str:\n        return self.text",
+         'def so_far(self) -> str:\n        return self.text or "1"', None, ["polling by query"]),
+    # Nothing of an agent is tried a second time.
+    Fall("AI-05", "RetryPolicy(maximum_attempts=6)", "RetryPolicy(maximum_attempts=1)", 3,
+         ["OpenAI Agents SDK by Temporal's plugin: a tool that fails",
+          "OpenAI Agents SDK by Temporal's plugin: worker killed",
+          "Pydantic AI by its own integration: worker killed", "LangGraph by Temporal's plugin: worker killed"],
+         alone=True),
+    # No agent is evicted.
+    Fall("AI-05", "max_cached_workflows=1)", "max_cached_workflows=100)", 3, ["evicted in mid-tool"]),
+    # The control is not killed.
+    Fall("AI-05", 'product.startswith("lamp") and times == 1', 'product.startswith("lamp") and "plain" not in product '
+         "and times == 1", None, ["without Temporal"]),
     # The long tool begins at its first page again.
-    ("AI-06", "first = done[0] + 1 if done else 1", "first = 1", 3),
+    Fall("AI-06", "done[0] + 1 if done else 1", "1", 3, ["goes on where"]),
+    # It leaves one out.
+    Fall("AI-06", "done[0] + 1 if done else 1", "done[0] + 2 if done else 1", 3, ["goes on where"]),
     # One tool after the other.
-    (
-        "AI-06",
-        "await asyncio.gather(*(self.use(call, task.forgiving) for call in turn.calls))",
-        "[await self.use(call, task.forgiving) for call in turn.calls]",
-        3,
-    ),
-    # The control forgives as well.
-    ("AI-06", '["poison"], forgiving=False)', '["poison"], forgiving=True)', None),
-]
+    Fall("AI-06", "await asyncio.gather(*(self.use(call, task.tools) for call in turn.calls))",
+         "[await self.use(call, task.tools) for call in turn.calls]", 3, ["run at once"]),
+    # Results are mixed up.
+    Fall("AI-06", "zip(turn.calls, results, strict=True)", "zip(turn.calls, results[::-1], strict=True)", 3,
+         ["keep the order"]),
+    # A tool that the model made up is not noticed.
+    Fall("AI-06", "if call.name not in tools:", 'if call.name == "":', 3, ["made up"]),
+    # One call more than the budget allows.
+    Fall("AI-06", "if used > task.budget:", "if used > task.budget + 1:", 3, ["by the budget"]),
+    # Who stops the agent does not wait for its tool.
+    Fall("AI-06", "ActivityCancellationType.WAIT_CANCELLATION_COMPLETED", "ActivityCancellationType.TRY_CANCEL", 3,
+         ["stops the agent"]),
+    # The control handles what goes wrong.
+    Fall("AI-06", "        topic, patience = json.loads", "        return await super().use(call, tools)\n"
+         "        topic, patience = json.loads", None, ["one tool that fails"]),
+]  # fmt: skip
 
 
 @pytest.mark.all
-@pytest.mark.parametrize(("item", "old", "new", "stars"), FALLS)
-def test_the_verdict_falls(tmp_path: Path, item: str, old: str, new: str, stars: int | None) -> None:
-    verdicts = evaluate(changed(SCRIPT, tmp_path, (old, new)), tmp_path, item, env=STAND_IN)
-    assert verdicts.stars(item) == stars, verdicts.out
-    assert verdicts.code == (1 if stars is None else 0)
+@pytest.mark.parametrize("falls", in_runs(FALLS), ids=name_of_run)
+def test_a_verdict_falls(tmp_path: Path, falls: Sequence[Fall]) -> None:
+    check_falls(SCRIPT, tmp_path, falls)
