@@ -1312,7 +1312,7 @@ async def in_crowds(lab: Lab, bureau: Bureau) -> list[Evidence]:
     ]
     # A client with the defaults sends again for ten seconds what is refused like this.
     impatient = await connect(lab.target, retry_config=RetryConfig(max_retries=1, max_elapsed_time_millis=1))
-    direct = impatient.get_workflow_handle_for(Assistant.run, answers.id)
+    direct: WorkflowHandle[Any, Any] = impatient.get_workflow_handle(answers.id)
     told = [await sent(accepted(direct, Message(f"{answers.id}/{n}", "Hello?"))) for n in range(CROWD)]
     messages = [Message(f"{queues.id}/{n}", "Hello?") for n in range(CROWD)]
     places = await asyncio.gather(*(sent(queues.execute_update(Assistant.bring, one)) for one in messages))
