@@ -2159,7 +2159,7 @@ async def by_kafka(lab: Lab) -> tuple[Evidence, ...]:
         version = await broker.version()
     places, random = seen.topics
     delivered = notes(random.deliveries)
-    at = {"0": (0, 1, 2, 3, 5, 6), "1": range(6)}  # the poison has the fourth offset
+    at = {"0": (0, 1, 2, 3, 5, 6), "1": range(6)}  # the poison is at 4
     ids = [f"{places.name}-{part}-{offset}" for part, offsets in at.items() for offset in offsets]
     # What was started has shipped before it is over: afterwards the ledger is complete, and what lacks in it is lost.
     await asyncio.gather(*(ended(lab.client.get_workflow_handle(id)) for id in ids), return_exceptions=True)
