@@ -1942,7 +1942,7 @@ async def store_killed(lab: Lab, cluster: Cluster, store: Process, title: str) -
             again = await some_more()
             done.set()
             await asyncio.gather(*senders)
-            results = [await result_or_why(one) for one in acknowledged]
+            results = await asyncio.gather(*map(result_or_why, acknowledged))
         finally:
             for one in senders:
                 one.cancel()
@@ -1959,11 +1959,13 @@ async def store_killed(lab: Lab, cluster: Cluster, store: Process, title: str) -
 
 
 async def result_or_why(handle: WorkflowHandle[Hello, str]) -> str:
-    """A result, or the status with which it is refused: NOT_FOUND where the workflow is lost."""
+    """A result, or why there is none: NOT_FOUND where the workflow is lost, and one may have lost its tasks alone."""
     try:
-        return await patiently(handle.result)
+        return await asyncio.wait_for(patiently(handle.result), 60 * slowness())
     except RPCError as error:
         return error.status.name
+    except TimeoutError:
+        return "not completed"
 
 
 NO_VISIBILITY = "MariaDB keeps histories in the place of MySQL, and refuses MySQL's schema of visibility"

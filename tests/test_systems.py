@@ -127,7 +127,7 @@ ALONE = [('STORES = ("cassandra", "mariadb")', "STORES = ()"), ('ENGINES = ("ela
             "        cluster.region.database.settings = LAZY\n        await cluster.region.database.restart()\n"
             "        await cluster.region.ready()\n"
             "        facts |= await store_killed(lab, cluster, cluster.region.database",
-            "every store prepared here",
+            "each workflow whose start was acknowledged completes",
         ),
         # A query finds fewer than there are.
         (
