@@ -86,9 +86,9 @@ ASSUMPTIONS = {
 
 # What the assumption "deployment" says, by where a run was.
 DEPLOYMENTS = {
-    "embedded": ASSUMPTIONS["deployment"],
+    "embedded server": ASSUMPTIONS["deployment"],
     "cluster": "self-hosted cluster of separate services on PostgreSQL",
-    "given": "the server that the settings name",
+    "given server": "the server that the settings name",
 }
 
 
@@ -406,7 +406,7 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
     """Print the tables, record what is to be kept, and return the exit status."""
     records = [record for record in (script.record for script in scripts) if record]
     items = {item["id"]: item for record in records for item in record["items"]}
-    where = records[0]["environment"]["where"] if records else "embedded"
+    where = records[0]["environment"]["where"] if records else "embedded server"
     assumptions = ASSUMPTIONS | {"deployment": DEPLOYMENTS[where]}
     assumptions |= {"run time": options.run_time} if options.run_time else {}
     states = fail_closed_states(items, assumptions)

@@ -1,6 +1,6 @@
 """run_all.py: its rating against hand-made verdicts, and the command itself over small scripts."""
 
-from run_all import ASSUMPTIONS, FAIL_CLOSED, ITEMS_IN_ALL, fail_closed_states, rate
+from run_all import ASSUMPTIONS, DEPLOYMENTS, FAIL_CLOSED, ITEMS_IN_ALL, fail_closed_states, rate
 
 import json
 import re
@@ -255,3 +255,8 @@ def test_only_the_fail_closed_items_are_run_where_that_is_asked(tmp_path: Path) 
 def test_timings_say_where_the_time_went(tmp_path: Path) -> None:
     done = run(project(tmp_path, _01_aa="TT-01"), "--timings", cwd=tmp_path)
     assert re.search(r"01 TT +[\d.]+ s, [\d.]+ own \+ [\d.]+ servers and workers; TT-01 [\d.]+", done.stdout)
+
+
+def test_every_place_that_a_record_knows_has_its_deployment() -> None:
+    schema = json.loads((ROOT / "docs" / "record.schema.json").read_text(encoding="utf-8"))
+    assert set(schema["properties"]["environment"]["properties"]["where"]["enum"]) == set(DEPLOYMENTS)
