@@ -259,4 +259,4 @@ def test_timings_say_where_the_time_went(tmp_path: Path) -> None:
 
 def test_every_place_that_a_record_knows_has_its_deployment() -> None:
     schema = json.loads((ROOT / "docs" / "record.schema.json").read_text(encoding="utf-8"))
-    assert set(schema["properties"]["environment"]["properties"]["where"]["enum"]) == set(DEPLOYMENTS)
+    assert set(schema["$defs"]["environment"]["properties"]["where"]["enum"]) == set(DEPLOYMENTS)
