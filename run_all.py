@@ -404,6 +404,11 @@ def fail_closed_of(path: Path) -> list[str]:
 
 def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespace) -> int:
     """Print the tables, record what is to be kept, and return the exit status."""
+    if options.record:  # first of all: what comes below is made of it
+        for script in scripts:
+            if script.record:
+                target = Path(options.record) / script.file.name
+                target.write_text(script.file.read_text(encoding="utf-8"), encoding="utf-8")
     records = [record for record in (script.record for script in scripts) if record]
     items = {item["id"]: item for record in records for item in record["items"]}
     where = records[0]["environment"]["where"] if records else "embedded server"
@@ -420,10 +425,6 @@ def conclude(scripts: Sequence[Script], board: Board, options: argparse.Namespac
     if options.pictures:
         draw(board.console)
     if options.record:
-        for script in scripts:
-            if script.record:
-                target = Path(options.record) / script.file.name
-                target.write_text(script.file.read_text(encoding="utf-8"), encoding="utf-8")
         board.line(f"Recorded in {options.record}")
     if options.timings:
         timings(scripts, board)
