@@ -149,8 +149,10 @@ def become(command: Sequence[str], output: str, variables: dict[str, str]) -> No
 
 
 def text_of(path: str) -> str:
+    """What a file holds, "" where there is none, without the folder that this script happens to stand in."""
     file = Path(path)
-    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    return text.replace(f"{Path(__file__).resolve().parent}/", "")
 
 
 def one_line(text: str, characters: int = 140) -> str:
