@@ -1313,7 +1313,7 @@ async def skipping_time(lab: Lab) -> list[Evidence]:
     sent, mocks, letters = lab.file("sent"), lab.file("mocked"), lab.file("letters")
     async with lab.worker([Dunning, WrongAssumption], [Mailed(letters).send]):
         month = await lab.start(Dunning.run, Reminder("Ada"), name="month")
-        wrong = await lab.start(WrongAssumption.run, name="wrong")
+        wrong = await lab.start(WrongAssumption.run, name="wrong", task_timeout=PATIENT)
         await until(lambda: timer_started(month), "the timer runs")
         await until(lambda: failed_tasks(wrong), "the assertion failed")
         begun = time.monotonic()

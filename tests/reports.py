@@ -28,7 +28,7 @@ HEADING = re.compile(
 SPAN = re.compile(r"`([^`\n]*)`")
 # A code span that names something instead of quoting a figure: a file, an option, a setting, a command.
 NAME = re.compile(
-    r"^(--[a-z-]+ \d+|\d\d_\w+\.py|\d\d|[\w./-]+\.(py|md|json|svg|png|lock|toml|yml)|[A-Z]{2}-\d\d|uv run .*"
+    r"^(--[a-z-]+ \d+|\d\d_\w+\.py|0\d|[\w./-]+\.(py|md|json|svg|png|lock|toml|yml)|[A-Z]{2}-\d\d|uv run .*"
     r"|TMPRL\d+|\[TMPRL\d+\])$"
 )
 
