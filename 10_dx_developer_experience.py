@@ -872,9 +872,9 @@ async def language_support(lab: Lab) -> AsyncIterator[Evidence]:
     )
     yield cited(
         "SDKs for Java, .NET, Ruby and PHP exist besides Python, Go and TypeScript",
-        "Java 1.38.0 (repo1.maven.org/maven2/io/temporal/temporal-sdk); .NET 1.21.1 (nuget.org/packages/Temporalio); "
+        "Java 1.38.0 (Maven Central, io.temporal:temporal-sdk); .NET 1.21.1 (NuGet, Temporalio); "
         "Ruby, generally available since October 2025 (temporal.io/change-log/ruby-sdk-generally-available); "
-        "PHP 2.x (packagist.org/packages/temporal/sdk); versions as of November 2026",
+        "PHP 2.x (Packagist, temporal/sdk); versions as of November 2026",
     )
 
 
