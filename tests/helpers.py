@@ -35,7 +35,7 @@ def own_dotenv(script: Path) -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, cwd: Path = ROOT, seconds: float = 240, env: Mapping[str, str] | None = None
+    *command: str | Path, cwd: Path = ROOT, seconds: float = 900, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script with its arguments to its end, as a user would with its output piped."""
     return subprocess.run(
@@ -72,7 +72,7 @@ class Verdicts:
 
 
 def evaluate(
-    script: Path, tmp_path: Path, *arguments: str, seconds: float = 240, env: Mapping[str, str] | None = None
+    script: Path, tmp_path: Path, *arguments: str, seconds: float = 900, env: Mapping[str, str] | None = None
 ) -> Verdicts:
     """Run a numbered script with --json and read what it wrote."""
     file = tmp_path / "verdicts.json"
