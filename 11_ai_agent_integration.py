@@ -17,6 +17,7 @@ from common import (
     Spread,
     at_least,
     at_most,
+    between,
     cited,
     connect,
     contains,
@@ -66,6 +67,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import secrets
@@ -85,6 +87,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from temporalio import activity, workflow
+from temporalio.api.failure.v1 import Failure
 from temporalio.client import (
     Client,
     WorkflowHandle,
@@ -410,6 +413,14 @@ CLAIMS = {
 VAIN = "an unmapped 400 is retried in vain, as often as the policy allows"
 
 
+async def patience_and_failure(call: Handle) -> tuple[float, Failure]:
+    """How long, in seconds, the first activity of a run may take, and how its attempt before the last ended."""
+    events = (await call.fetch_history()).events
+    scheduled = events[4].activity_task_scheduled_event_attributes
+    timeout = scheduled.start_to_close_timeout.ToTimedelta().total_seconds()
+    return timeout, events[5].activity_task_started_event_attributes.last_failure
+
+
 async def faults(lab: Lab, model: "Endpoint") -> list[Evidence]:
     if not model.local:
         unseen = [not_run("holds", claim, UNSEEN) for claim in CLAIMS.values()]
@@ -432,33 +443,36 @@ async def faults(lab: Lab, model: "Endpoint") -> list[Evidence]:
     seen = {fault: (calls, str(how)) for fault, (_, how, calls) in zip(TRIALS, trials, strict=True)}
     counted = {fault: [len(calls), how] for fault, (calls, how) in seen.items()}
     wanted = {fault: list(trial) for fault, trial in TRIALS.items()}
+    handles = {fault: handle for fault, (handle, _, _) in zip(TRIALS, trials, strict=True)}
 
-    def waited(fault: str) -> Evidence:
+    async def waited(fault: str) -> Evidence:
         first, second = seen[fault][0][:2]
+        _, failure = await patience_and_failure(handles[fault])
+        asked = failure.application_failure_info.next_retry_delay.ToTimedelta().total_seconds()
         return holds(
             CLAIMS[fault],
             calls=equal(counted[fault], wanted[fault]),
             retry_after=first.retry_after,
+            # The header counts from when it was sent, the failure from when it was read.
+            the_failure_asks_for=between(asked, 0.001, math.ceil(first.again - first.at)),
             comes_too_early_by=at_most(figure(max(first.again - second.at, 0), "s"), 0),
             after=figure(second.at - first.at, "s"),
             without_it_after_a_500=figure(seen["500:2"][0][1].at - seen["500:2"][0][0].at, "s"),
         )
 
     mended = [fault for fault in TRIALS if TRIALS[fault][1] == "COMPLETED" and not fault.startswith("429")]
-    events = (await trials[list(TRIALS).index("slow:1")][0].fetch_history()).events
+    patience, failure = await patience_and_failure(handles["slow:1"])
     given_up = float(str(model_client(api_key="none").timeout))
-    patience = events[4].activity_task_scheduled_event_attributes.start_to_close_timeout.seconds
-    failure = events[5].activity_task_started_event_attributes.last_failure.message
     return [
-        waited("429:1"),
-        waited("429-date:1"),
+        await waited("429:1"),
+        await waited("429-date:1"),
         holds(CLAIMS["500"], **{fault.partition(":")[0]: equal(counted[fault], wanted[fault]) for fault in mended}),
         holds(CLAIMS["400"], **{f"HTTP_{one[:3]}": equal(counted[one], wanted[one]) for one in ("400:9", "401:9")}),
         holds(
             CLAIMS["first"],
             the_client_s=figure(given_up, "s"),
             the_activity_s=at_least(figure(patience, "s"), given_up + 1),
-            a_slow_answer=equal(failure, "Request timed out."),
+            a_slow_answer=equal(failure.message, "Request timed out."),
         ),
         control(
             VAIN,
