@@ -7,16 +7,19 @@ The reports are written by hand. Three rules make them checkable:
 - A figure stands in backticks, word for word as the item measured it. In a line that is not an item's
   own, it belongs to one of the items that the line names, or to `results/comparison.json` where the
   section is the comparison.
-- Tables of counts hold plain numbers, which are counted again from the record.
+- Tables of counts hold plain numbers, which are counted again from the record. A plain number of two digits or more
+  that stands elsewhere outside the items' sections is held against the same as a figure in backticks, and against
+  the records of other versions.
 - The table of all items has a row an item, `| [XX-01](#xx-01) | title | stars | stars on the cluster | stage | ... |`,
   and each row leads to an anchor above the item's heading.
 """
 
 import collections
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +43,31 @@ class Record:
     categories: Sequence[Mapping[str, Any]]
     comparison: Mapping[str, Any]
     cluster: "Record | None" = None
+    others: Mapping[str, "Record"] = field(default_factory=dict)  # of other versions, by the folder's name
 
-    @property
+    @functools.cached_property
     def items(self) -> dict[str, Mapping[str, Any]]:
         return {item["id"]: item for category in self.categories for item in category["items"]}
 
-    def words_of(self, id: str) -> str:
-        """All that an item claimed and measured, as one text."""
-        item = self.items[id]
-        words = [f"{one['claim']}\n{one['measured']}" for one in item["evidence"]]
-        words += [self.cluster.words_of(id)] if self.cluster else []
-        text: str = "\n".join([*words, item["reason"], f"{item['seconds']:.1f} s"])
-        return text
+    @functools.cached_property
+    def words(self) -> dict[str, str]:
+        """All that each item claimed and measured, as one text."""
+        texts = {}
+        for id, item in self.items.items():
+            words = [f"{one['claim']}\n{one['measured']}" for one in item["evidence"]]
+            words += [self.cluster.words[id]] if self.cluster else []
+            texts[id] = squeezed("\n".join([*words, item["reason"], f"{item['seconds']:.1f} s"]))
+        return texts
 
-    @property
+    @functools.cached_property
     def environment(self) -> str:
         here = "\n".join(f"{name} {value}" for one in self.categories for name, value in one["environment"].items())
-        return f"{here}\n{self.cluster.environment}" if self.cluster else here
+        return squeezed(f"{here}\n{self.cluster.environment}" if self.cluster else here)
+
+    @functools.cached_property
+    def systems(self) -> str:
+        """All that the comparison measured."""
+        return squeezed(json.dumps(self.comparison, ensure_ascii=False))
 
 
 def load(folder: Path) -> Record:
@@ -64,7 +75,8 @@ def load(folder: Path) -> Record:
     categories = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[01][0-9]_*.json"))]
     file = folder / "comparison.json"
     cluster = load(folder / "cluster") if (folder / "cluster").exists() else None
-    return Record(categories, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}, cluster)
+    others = {path.name: load(path) for path in sorted(folder.glob("sdk-*"))}
+    return Record(categories, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}, cluster, others)
 
 
 def stars_of(item: Mapping[str, Any]) -> str:
@@ -102,10 +114,14 @@ def item_sections(report: str) -> dict[str, tuple[re.Match[str], str]]:
     return found
 
 
+@functools.lru_cache(maxsize=4)
+def cells_of(report: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line[:1] == "|"]
+
+
 def rows(report: str, first: str) -> list[list[str]]:
     """The cells of all table rows whose first cell matches `first` in full."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line[:1] == "|"]
-    return [row for row in cells if re.fullmatch(first, row[0])]
+    return [row for row in cells_of(report) if re.fullmatch(first, row[0])]
 
 
 def quotes(text: str) -> list[str]:
@@ -117,10 +133,17 @@ def is_figure(span: str) -> bool:
     return re.search(r"\d", span) is not None and not NAME.match(span)
 
 
+def squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+@functools.cache
 def occurs(quote: str, text: str) -> bool:
-    """Whether a text holds the quote, and no digit continues it to either side."""
-    squeezed = " ".join(text.split())
-    return re.search(rf"(?<![\d.]){re.escape(' '.join(quote.split()))}(?!\.?\d)", squeezed) is not None
+    """Whether a squeezed text holds the quote, and no digit continues it to either side."""
+    quote = squeezed(quote)
+    if quote not in text:
+        return False
+    return re.search(rf"(?<![\d.]){re.escape(quote)}(?!\.?\d)", text) is not None
 
 
 def wrong_items(report: str, record: Record) -> Iterable[str]:
@@ -142,10 +165,10 @@ def wrong_items(report: str, record: Record) -> Iterable[str]:
         if bool(heading["closed"]) != item["fail_closed"]:
             yield f"{id}: fail-closed is said wrongly"
         for quote in quotes(text):
-            if not occurs(quote, record.words_of(id)):
+            if not occurs(quote, record.words[id]):
                 yield f"{id}: `{quote}` is not in its evidence"
         for number in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", re.sub(r"`[^`]*`|[A-Z]{2}-\d\d", "", text)):
-            if not occurs(number, record.words_of(id)):
+            if not occurs(number, record.words[id]):
                 yield f"{id}: {number} is not in its evidence"
 
 
@@ -171,15 +194,36 @@ def wrong_figures(report: str, record: Record, comparison: str) -> Iterable[str]
 
     `comparison` is the heading of the section whose figures come from the other systems' record.
     """
-    systems = json.dumps(record.comparison, ensure_ascii=False)
     for heading, lines in sections(report):
         if any(HEADING.match(line) for line in lines):
             continue
         for line in lines:
             named = [id for id in ITEM.findall(line) if id in record.items]
-            text = "\n".join([*(record.words_of(id) for id in named), record.environment])
-            text += systems if heading == comparison else ""
-            yield from (f"{heading}: `{one}` is not recorded" for one in quotes(line) if not occurs(one, text))
+            texts = [*(record.words[id] for id in named), record.environment]
+            texts += [record.systems] if heading == comparison else []
+            lost = [one for one in quotes(line) if not any(occurs(one, text) for text in texts)]
+            yield from (f"{heading}: `{one}` is not recorded" for one in lost)
+
+
+def wrong_prose(report: str, record: Record) -> Iterable[str]:
+    """Plain numbers of two digits or more outside the items' own sections that nothing which their line names holds."""
+    for heading, lines in sections(report):
+        if any(HEADING.match(line) for line in lines):
+            continue
+        for line in lines:
+            named = [id for id in ITEM.findall(line) if id in record.items]
+            every = [record, *record.others.values()]
+            texts = [record.systems, *(one.environment for one in every)]
+            texts += [one.words[id] for one in every for id in named if id in one.words]
+            lost = [one for one in numbers(line) if not any(occurs(one, text) for text in texts)]
+            yield from (f"{heading}: {one} is not recorded" for one in lost)
+
+
+def numbers(line: str) -> list[str]:
+    """The plain numbers of two digits or more in a line: no code, item, link, day, version, or place in a list."""
+    bare = re.sub(r"`[^`]*`|\[[^]]*\]\([^)]*\)|[A-Z]{2}-\d\d|\d{4}-\d\d-\d\d|\d+\.\d+\.\d+|^\d+\. ", "", line)
+    bare = re.sub(r"(?:Python|SDK|Server|RMF|MAP|MEASURE|MANAGE|GOVERN) ?\d+(?:\.\d+)*", "", bare)
+    return [one for one in re.findall(r"(?<![\w.-])\d+(?:[.,]\d+)*", bare) if len(re.sub(r"\D", "", one)) > 1]
 
 
 def category_row(category: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from reports import (
     wrong_figures,
     wrong_items,
     wrong_overview,
+    wrong_prose,
     wrong_states,
 )
 
@@ -39,6 +40,7 @@ def problems(name: str, text: str, record: Record) -> list[str]:
         *wrong_items(text, record),
         *wrong_overview(text, record),
         *wrong_figures(text, record, COMPARISON[name]),
+        *wrong_prose(text, record),
         *wrong_counts(text, record),
         *wrong_states(text, record, states),
         *wrong_comparison(text, record),
