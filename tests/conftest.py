@@ -12,7 +12,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all", action="store_true", help="run the tests marked `all`, too: what CI runs, an hour on two cores"
+        "--all",
+        action="store_true",
+        help="run the tests marked `all` or `hours`, too: CI runs the former (-m 'not hours'), in half an hour",
     )
 
 
@@ -25,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     named = any("::" in argument for argument in config.args)
     short = not config.getoption("--all") and not named
-    left = [item for item in items if short and item.get_closest_marker("all")]
+    left = [item for item in items if short and any(map(item.get_closest_marker, ("all", "hours")))]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]

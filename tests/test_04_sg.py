@@ -190,7 +190,7 @@ def _nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.usefixtures("_nothing_prepared")
 @pytest.mark.parametrize("falls", in_runs([*SG_01, *SG_02, *SG_03, *SG_04]), ids=name_of_run)
 def test_a_verdict_falls(tmp_path: Path, falls: Sequence[Fall]) -> None:

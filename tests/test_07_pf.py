@@ -163,7 +163,7 @@ if cluster_is_prepared():
     FALLS += [Fall("PF-01", "INSERT INTO floor VALUES (1);", slow, 3, ["outlasts two commits"])]
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("falls", in_runs(FALLS), ids=name_of_run)
 def test_a_verdict_falls(tmp_path: Path, falls: Sequence[Fall]) -> None:
     check_falls(SCRIPT, tmp_path, falls)

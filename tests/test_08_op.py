@@ -122,14 +122,14 @@ def _nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.usefixtures("_nothing_prepared")
 @pytest.mark.parametrize("falls", in_runs(FALLS), ids=name_of_run)
 def test_a_verdict_falls(tmp_path: Path, falls: Sequence[Fall]) -> None:
     check_falls(SCRIPT, tmp_path, falls)
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("falls", in_runs(ON_A_CLUSTER), ids=name_of_run)
 def test_a_verdict_falls_on_a_cluster(tmp_path: Path, falls: Sequence[Fall]) -> None:
     try:

@@ -127,14 +127,14 @@ WITH_PROGRAMS = [
 ]  # fmt: skip
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("falls", in_runs(FALLS), ids=name_of_run)
 def test_the_verdicts_fall(tmp_path: Path, falls: Sequence[Fall]) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     check_falls(SCRIPT, tmp_path, falls, env=NO_PROGRAMS)
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.skipif(not PROGRAMS, reason="Prometheus is not installed (Debian: apt install prometheus ...)")
 @pytest.mark.parametrize("fall", WITH_PROGRAMS, ids=lambda fall: fall.old[:20])
 def test_the_alerts_fall(tmp_path: Path, fall: Fall) -> None:

@@ -222,7 +222,7 @@ FALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("falls", in_runs(FALLS), ids=name_of_run)
 def test_a_verdict_falls(tmp_path: Path, falls: Sequence[Fall]) -> None:
     check_falls(SCRIPT, tmp_path, falls)

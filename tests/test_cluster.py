@@ -35,6 +35,8 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from test_processes import TAG, tagged, wait_for
 
+pytestmark = pytest.mark.all
+
 COMMAND = ROOT / "cluster.py"
 
 
@@ -294,7 +296,6 @@ def test_up_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     wait_for(lambda: not folder.exists(), "the folder is gone", 20)
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_ten_starts_in_a_row(tmp_path: Path) -> None:
     for _ in range(10):
@@ -303,7 +304,6 @@ def test_ten_starts_in_a_row(tmp_path: Path) -> None:
         wait_for(lambda up=up: tagged(up.tag) == [], "every process has ended", 20)  # type: ignore[misc]
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_official_binaries_by_their_own_names(tmp_path: Path) -> None:
     """With a cache that holds nothing, and so without a Web UI."""
@@ -327,7 +327,6 @@ def test_a_port_that_is_asked_for(tmp_path: Path) -> None:
     assert up.end()[0] == 130
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_what_is_kept_is_found_again() -> None:
     folder = Path("/var/tmp") / f"temporal-example-kept-{uuid.uuid4().hex[:8]}"
@@ -471,7 +470,6 @@ def test_services_may_be_hurt(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_shards_move(tmp_path: Path) -> None:
     """To a history process that joins, and away from one that is killed."""
@@ -500,7 +498,6 @@ def test_shards_move(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_a_rolling_restart(tmp_path: Path) -> None:
     async def test() -> None:
@@ -515,7 +512,6 @@ def test_a_rolling_restart(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_two_regions_fail_over(tmp_path: Path) -> None:
     """All of a is killed under load; b goes on with what was replicated; a comes back as standby."""
@@ -559,7 +555,6 @@ def test_two_regions_fail_over(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 @pytest.mark.parametrize("kind", ["s3", "files"])
 def test_closed_runs_are_archived(tmp_path: Path, kind: str) -> None:
@@ -607,7 +602,6 @@ def archived(cluster: Cluster) -> list[str]:
     return cluster.archive.keys()
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_tokens_decide() -> None:
     async def test() -> None:
@@ -646,7 +640,6 @@ def test_tokens_decide() -> None:
     asyncio.run(test())
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_a_backup_starts_a_second_cluster(tmp_path: Path) -> None:
     async def test() -> None:
@@ -683,7 +676,6 @@ def test_a_lost_port_is_replaced() -> None:
     asyncio.run(test())
 
 
-@pytest.mark.all
 @pytest.mark.usefixtures("prepared")
 def test_a_service_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:

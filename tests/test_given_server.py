@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, evaluate
 
+pytestmark = pytest.mark.all
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

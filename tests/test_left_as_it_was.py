@@ -23,6 +23,8 @@ from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.client import Client
 from test_processes import wait_for
 
+pytestmark = pytest.mark.all
+
 FORGETS = {"matching__PollerHistoryTTL": '"1s"'}  # which workers polled: five minutes by default
 
 
@@ -284,7 +286,7 @@ def test_what_the_server_does_not_let_go_is_named_with_the_command(tmp_path: Pat
         }  # fmt: skip
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name[:2])
 def test_a_whole_script_leaves_nothing(server: Server, tmp_path: Path, script: Path) -> None:
     before = asyncio.run(inventory(server))
@@ -293,7 +295,7 @@ def test_a_whole_script_leaves_nothing(server: Server, tmp_path: Path, script: P
     assert after == before, verdicts.out
 
 
-@pytest.mark.all
+@pytest.mark.hours
 def test_run_all_waits_for_what_the_server_lets_go_later(tmp_path: Path) -> None:
     """A version is kept for 20 s here after its worker was there; the script alone does not wait so long."""
     with given_server(tmp_path, matching__PollerHistoryTTL='"20s"') as own:
@@ -309,7 +311,6 @@ def test_run_all_waits_for_what_the_server_lets_go_later(tmp_path: Path) -> None
         assert asyncio.run(inventory(own)) == before
 
 
-@pytest.mark.all
 def test_the_next_run_removes_what_an_earlier_one_had_to_leave(tmp_path: Path) -> None:
     with given_server(tmp_path, matching__PollerHistoryTTL='"9s"') as own:
         script = leaver(tmp_path)

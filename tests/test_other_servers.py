@@ -20,6 +20,8 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 from test_bad_input import refused
 
+pytestmark = pytest.mark.all
+
 OFF = {
     "frontend__enableSchedules": "false",
     "frontend__enableBatcher": "false",
@@ -103,7 +105,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize(("script", "item", "off", "unwatched"), REFUSED)
 @pytest.mark.parametrize("which", ["switched_off", "unattended"])
 def test_what_is_refused_is_not_run_and_the_rest_is_judged(
@@ -338,7 +340,7 @@ def test_an_item_that_is_refused_as_a_whole_is_not_run(switched_off: Server, tmp
 # Limits, and what stands in front ----------------------------------------------------------------------
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("limit", [15 << 20, 7 << 19, 2 << 20, 1 << 18])
 def test_a_payload_limit_is_judged_by_how_it_behaves(tmp_path: Path, limit: int) -> None:
     """Seen in public settings: 15 MB and 3.5 MB. The last is below the size at which a server only warns."""
@@ -349,7 +351,6 @@ def test_a_payload_limit_is_judged_by_how_it_behaves(tmp_path: Path, limit: int)
     assert f"payload {limit:,} bytes" in " ".join(verdicts.out.split())
 
 
-@pytest.mark.all
 def test_behind_a_proxy_with_its_defaults_it_says_who_refuses(switched_off: Server, tmp_path: Path) -> None:
     with nginx(switched_off.address, tmp_path) as address:
         verdicts = evaluate(ROOT / "07_pf_performance.py", tmp_path, "PF-03", env=given(address))
@@ -407,7 +408,7 @@ EVERYTHING = OFF | {
 }
 
 
-@pytest.mark.all
+@pytest.mark.hours
 def test_run_all_on_a_server_that_differs_in_every_way_at_once(tmp_path: Path) -> None:
     """No question mark may be due to a setting of the server: what it refuses is not run, the rest has a verdict."""
     closed = "location /temporal.api.operatorservice.v1.OperatorService/ { return 403; }"

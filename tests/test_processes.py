@@ -14,6 +14,8 @@ import psutil
 import pytest
 from helpers import ROOT, environment, run, tiny
 
+pytestmark = pytest.mark.all
+
 TAG = "EVALUATION_UNDER_TEST"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment
 
+pytestmark = pytest.mark.all
+
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 
 
@@ -42,7 +44,7 @@ def under(version: str, *command: str, seconds: float) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("version", VERSIONS)
 def test_script_01_runs(version: str, tmp_path: Path) -> None:
     done = under(version, "01_ex_execution_semantics.py", seconds=600)
@@ -51,7 +53,7 @@ def test_script_01_runs(version: str, tmp_path: Path) -> None:
     assert "7 judged" in done.stdout
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("version", VERSIONS)
 def test_judge_and_output_pass(version: str) -> None:
     done = under(

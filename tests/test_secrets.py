@@ -16,6 +16,8 @@ from helpers import run, tiny
 from servers import gateway, given_server
 from test_run_all import project
 
+pytestmark = pytest.mark.all
+
 MARKER = "SECRET-8c1f/+x=7"
 SHORT = "q7Zk"
 PEM = (

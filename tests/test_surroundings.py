@@ -13,6 +13,8 @@ from helpers import ROOT, evaluate, run, tiny
 from servers import connect_proxy, given_server
 from test_bad_input import refused
 
+pytestmark = pytest.mark.all
+
 SEES_ALL = ["TT-08"]  # by the SDK here, by a worker process, by the Go CLI
 
 
@@ -87,7 +89,6 @@ def test_the_proxies_and_their_exceptions_stay_for_everything_else(tmp_path: Pat
     assert done.stdout == "a.test,::1,localhost,127.0.0.1 http://proxy.test:1\n"
 
 
-@pytest.mark.all
 @pytest.mark.parametrize(
     ("script", "item"),
     [

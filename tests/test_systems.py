@@ -12,6 +12,8 @@ import psutil
 import pytest
 from helpers import ROOT, Verdicts, changed, evaluate, run
 
+pytestmark = pytest.mark.all
+
 SG, OP = ROOT / "04_sg_signals_events.py", ROOT / "08_op_operations.py"
 
 
@@ -49,7 +51,7 @@ def test_one_that_is_damaged_counts_as_not_prepared(tmp_path: Path, monkeypatch:
         SYSTEMS["kafka"].check()
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_it_starts_comes_back_and_leaves_nothing(name: str) -> None:
     if not prepared(name)[0]:
@@ -82,7 +84,7 @@ def _kafka() -> None:
         pytest.skip(prepared("kafka")[1][0])
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.usefixtures("_kafka")
 @pytest.mark.parametrize(
     ("old", "new", "stars", "claim"),
@@ -115,7 +117,7 @@ def _cluster() -> None:
 ALONE = [('STORES = ("cassandra", "mariadb")', "STORES = ()"), ('ENGINES = ("elast', 'ENGINES = () and ("elast')]
 
 
-@pytest.mark.all
+@pytest.mark.hours
 @pytest.mark.usefixtures("_cluster")
 @pytest.mark.parametrize(
     ("item", "old", "new", "claim"),

@@ -18,6 +18,8 @@ from helpers import ROOT, environment
 from playwright.sync_api import Page, expect, sync_playwright
 from test_processes import TAG, tagged
 
+pytestmark = pytest.mark.all
+
 SCRIPT = ROOT / "09_ob_observability.py"
 PICTURES = os.environ.get("PICTURES") == "1"
 
