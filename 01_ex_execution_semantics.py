@@ -6,6 +6,7 @@ running its code again and answering from the history instead of acting again. T
 that promises, what it asks of the code in return, and where it ends.
 """
 
+from cluster import Cluster
 from common import (
     Category,
     Evidence,
@@ -32,6 +33,7 @@ from lab import (
     Child,
     Ending,
     Lab,
+    Reached,
     Server,
     TakeOver,
     die,
@@ -413,15 +415,18 @@ def draw(drawing: random.Random, kinds: Sequence[str], length: int) -> Steps:
 
 
 PARCELS_IN_CHAOS, PROGRAMS_IN_CHAOS, KILLS = 20, 6, 4
+SERVICES = ["history", "matching", "frontend", "database"]  # each of them is killed once
 
 
 class Load:
     """Many runs that are under way on a server while parts of it are killed, and what must be true of them then."""
 
-    def __init__(self, lab: Lab, server: Server) -> None:
-        self.lab, self.server = lab, server
+    def __init__(self, lab: Lab, server: Reached, name: str = "chaos") -> None:
+        self.lab, self.server, self.name = lab, server, name
+        self.queue = f"{lab.id}-{name}"
+        self.random = random.Random(f"{lab.seed} {name}")  # of its own: which load draws first is left to chance
         self.programs = [self._program() for _ in range(PROGRAMS_IN_CHAOS)]
-        self.signals = [lab.random.randrange(100) for _ in range(KILLS)]
+        self.signals = [self.random.randrange(100) for _ in range(KILLS)]
         self.parcels: list[WorkflowHandle[Any, Any]] = []
         self.running: list[WorkflowHandle[Any, Any]] = []
         self.recorded: dict[tuple[str, str], float] = {}  # what was seen to be completed, and when
@@ -429,32 +434,40 @@ class Load:
     def _program(self) -> Steps:
         """As many waits for a signal as there are kills, with random steps around them."""
         every = ["activities", "timer", "child"]
-        parts = [[*draw(self.lab.random, every, 2), ("signal", None)] for _ in range(KILLS)]
-        return [*(step for part in parts for step in part), *draw(self.lab.random, every, 2)]
+        parts = [[*draw(self.random, every, 2), ("signal", None)] for _ in range(KILLS)]
+        return [*(step for part in parts for step in part), *draw(self.random, every, 2)]
 
     async def start(self) -> None:
-        options: dict[str, Any] = {"server": self.server, "task_timeout": soon(2)}
+        options: dict[str, Any] = {"server": self.server, "task_timeout": soon(2), "task_queue": self.queue}
         for number in range(PARCELS_IN_CHAOS):
-            parcel, name = Parcel(str(number)), f"chaos-{number}"
+            parcel, name = Parcel(str(number)), f"{self.name}-{number}"
             self.parcels.append(await self.lab.start(SendParcel.run, parcel, name=name, **COLLECTED, **options))
         for number, steps in enumerate(self.programs):
-            self.running.append(await self.lab.start(Program.run, steps, name=f"program-{number}", **options))
+            program = await self.lab.start(Program.run, steps, name=f"{self.name}-program-{number}", **options)
+            self.running.append(program)
 
     def worker(self, **options: Any) -> contextlib.AbstractAsyncContextManager[Child]:
         """A process that works for them; each step takes a moment, so that a kill meets some."""
         return self.lab.worker_process(
-            [SendParcel, Program], [*PARCEL_STEPS, square], server=self.server,
+            [SendParcel, Program], [*PARCEL_STEPS, square], server=self.server, task_queue=self.queue,
             faults=[slow(name, 0.05) for name in [*STEPS, "square"]],
             shortened={name: {"start_to_close_timeout": soon(2)} for name in [*STEPS, "square"]}, **options,
         )  # fmt: skip
 
     def begun(self) -> int:
         """How many steps of parcels were begun so far."""
-        return sum("-chaos-" in call.workflow for call in self.lab.calls())
+        parcels = {one.id for one in self.parcels}
+        return sum(call.workflow in parcels for call in self.lab.calls())
 
     async def hear(self, number: int) -> None:
         """Send every program the signal that it waits for next."""
         await asyncio.gather(*(handle.signal(Program.hear, number) for handle in self.running))
+
+    async def comes_to(self, moment: int, number: int) -> None:
+        """Send the programs their next signal, wait for the moment of a kill, and remember what is completed."""
+        await self.hear(number)
+        await until(lambda: self.begun() >= moment, f"{moment} steps were begun", every=0.1)
+        await self.look()
 
     async def look(self) -> None:
         """Remember what the server says is completed. It must not be begun again, whatever is killed now."""
@@ -462,42 +475,36 @@ class Load:
             for id in await completed(handle):
                 self.recorded.setdefault((handle.id, id), time.time())
 
-    async def outcome(self, kills: str) -> list[Evidence]:
-        """Wait for every run, and say what came of them."""
+    async def outcome(self, kills: str) -> list[dict[str, Any]]:
+        """Wait for every run: what came of the parcels, of what was recorded before kills, and of the programs."""
         results = {one.id: await ended(one) for one in self.parcels}
         answers = [(await ended(one)).result for one in self.running]
         completions = {one.id: await completed(one) for one in [*self.parcels, *self.running]}
         calls = [call for call in self.lab.calls() if call.workflow in completions]
         again = {(one.workflow, one.id) for one in calls if one.at > self.recorded.get((one.workflow, one.id), one.at)}
-        settings = f"attempts and workflow tasks given up after {soon(2).total_seconds():g} s, sticky timeout 1 s"
+        right = sum(one.result == done(id.rpartition("-")[2]) for id, one in results.items())
+        begun = {one.id: {call.activity for call in calls if call.workflow == one.id} for one in self.parcels}
         return [
-            holds(
-                "random kills under load: every result is right and every history has each step completed once",
-                seed=self.lab.seed,
-                SIGKILL_of=kills,
-                right_results=equal(
-                    sum(one.result == done(id.rpartition("-")[2]) for id, one in results.items()), PARCELS_IN_CHAOS
-                ),
-                completions_a_history=equal(sorted({len(completions[one.id]) for one in self.parcels}), [5]),
-                parcels_without_all_five_steps_begun=equal(
-                    [one.id for one in self.parcels if {c.activity for c in calls if c.workflow == one.id} != {*STEPS}],
-                    [],
-                ),
-                steps_begun=f"{self.begun()} for {5 * PARCELS_IN_CHAOS} to be done",
-                settings=settings,
-            ),
-            holds(
-                "what a history had as completed before a kill stays there, and is never begun again",
-                completions_seen_before_kills=at_least(len(self.recorded), KILLS),
-                gone=equal(sorted(key for key in self.recorded if key[1] not in completions[key[0]]), []),
-                begun_again=equal(sorted(again), []),
-            ),
-            holds(
-                "random programs of activities, timers, children and signals give their known answers under them",
-                seed=self.lab.seed,
-                steps=Counter(kind for steps in self.programs for kind, _ in steps),
-                answers=equal(answers, [answer(steps, self.signals) for steps in self.programs]),
-            ),
+            {
+                "seed": self.lab.seed,
+                "SIGKILL_of": kills,
+                "right_results": equal(right, PARCELS_IN_CHAOS),
+                "completions_a_history": equal(sorted({len(completions[one.id]) for one in self.parcels}), [5]),
+                "parcels_without_all_five_steps_begun": equal([id for id in begun if begun[id] != {*STEPS}], []),
+                "steps_begun": f"{self.begun()} for {5 * PARCELS_IN_CHAOS} to be done",
+                "settings": f"attempts and workflow tasks given up after {soon(2).total_seconds():g} s, "
+                "sticky timeout 1 s",
+            },
+            {
+                "completions_seen_before_kills": at_least(len(self.recorded), KILLS),
+                "gone": equal(sorted(key for key in self.recorded if key[1] not in completions[key[0]]), []),
+                "begun_again": equal(sorted(again), []),
+            },
+            {
+                "seed": self.lab.seed,
+                "steps": Counter(kind for steps in self.programs for kind, _ in steps),
+                "answers": equal(answers, [answer(steps, self.signals) for steps in self.programs]),
+            },
         ]
 
 
@@ -512,30 +519,68 @@ async def completed(handle: WorkflowHandle[Any, Any]) -> list[str]:
     return found
 
 
+def moments_of(load: Load) -> list[int]:
+    """After how many steps each kill comes, drawn from the seed."""
+    return sorted(load.random.sample(range(10, PARCELS_IN_CHAOS * 5 - 15), KILLS))
+
+
 async def chaos(lab: Lab) -> list[Evidence]:
     """Under load, three kills of the worker and one of the server, at moments drawn from the seed."""
-    moments = sorted(lab.random.sample(range(10, PARCELS_IN_CHAOS * 5 - 15), KILLS))
-    victims = lab.random.sample(["worker", "worker", "worker", "server"], KILLS)
     async with lab.private_server(file=True) as server:
         load = Load(lab, server)
+        victims = load.random.sample(["worker", "worker", "worker", "server"], KILLS)
+        moments = moments_of(load)
         await load.start()
         for moment, victim, number in zip(moments, victims, load.signals, strict=True):
             async with load.worker(max_concurrent_activities=4) as worker:
-                await load.hear(number)
-                await until(lambda: load.begun() >= moment, f"{moment} steps were begun", every=0.1)  # noqa: B023
-                await load.look()
+                await load.comes_to(moment, number)
                 if victim == "server":
                     server.kill()
                     await server.start()
                 await worker.kill()
         async with load.worker():
             kills = [f"{victim} at step {moment}" for victim, moment in zip(victims, moments, strict=True)]
-            return await load.outcome(", ".join(kills))
+            parcels, recorded, programs = await load.outcome(", ".join(kills))
+    return [
+        holds(
+            "random kills under load: every result is right and every history has each step completed once", **parcels
+        ),
+        holds("what a history had as completed before a kill stays there, and is never begun again", **recorded),
+        holds(
+            "random programs of activities, timers, children and signals give their known answers under them",
+            **programs,
+        ),
+    ]
 
 
-@EX.item("EX-01", "Progress guarantee", fail_closed=True, seconds=150)
+async def chaos_of_services(lab: Lab) -> Evidence:
+    """The same load on a cluster whose services and database are killed one after the other; the worker stays."""
+    async with Cluster() as cluster:
+        load, region = Load(lab, cluster, "services"), cluster.region
+        victims = load.random.sample(SERVICES, KILLS)
+        moments = moments_of(load)
+        await load.start()
+        async with load.worker(max_concurrent_activities=4):
+            for moment, victim, number in zip(moments, victims, load.signals, strict=True):
+                await load.comes_to(moment, number)
+                process = region.database if victim == "database" else region.of(victim)[0]
+                process.kill()
+                await process.start(60 * slowness())
+                await region.ready(60 * slowness())
+            kills = [f"{victim} at step {moment}" for victim, moment in zip(victims, moments, strict=True)]
+            parcels, recorded, programs = await load.outcome(", ".join(kills))
+    return holds(
+        "history, matching, frontend and database of a cluster killed one after the other under load: the same holds",
+        **(parcels | recorded | programs),
+    )
+
+
+@EX.item("EX-01", "Progress guarantee", fail_closed=True, seconds=200)
 async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
-    """Workers and servers are killed between and inside steps; a ledger outside Temporal counts the steps."""
+    """Workers and servers are killed between and inside steps; a ledger outside Temporal counts the steps.
+
+    Whoever evaluates a cluster sees its services killed, too.
+    """
     async for evidence in side_by_side(
         quick_successor(lab),
         default_successor(lab),
@@ -544,6 +589,7 @@ async def progress_guarantee(lab: Lab) -> AsyncIterator[Evidence]:
         kill_server(lab, file=False),
         plain_program(lab),
         chaos(lab),
+        *([chaos_of_services(lab)] if lab.on_cluster else []),
     ):
         yield evidence
     yield native(

@@ -79,7 +79,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from temporalio.api.enums.v1 import EventType
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
@@ -181,6 +181,16 @@ class Books:
             return connection.execute(statement, values).fetchall()
 
 
+class Reached(Protocol):
+    """Where workflows run: a server or a cluster of ours, as clients and workers reach it."""
+
+    @property
+    def client(self) -> Client: ...
+
+    @property
+    def target(self) -> Target: ...
+
+
 class Lab:
     """What one item works with: names, files, workers and servers that no other item touches."""
 
@@ -212,6 +222,11 @@ class Lab:
         """A limit that the evaluated server tells of, in bytes ("payload" or "memo"); None when it does not."""
         return self._session.capabilities.limits.get(name)
 
+    @property
+    def on_cluster(self) -> bool:
+        """Whether the command line asked for a real cluster: then an item may ask more of it than of a dev server."""
+        return bool(self._session.options.cluster)
+
     def flag(self, name: str) -> bool:
         """Whether the command line gave this flag of the category."""
         return bool(getattr(self._session.options, name))
@@ -225,7 +240,7 @@ class Lab:
         workflows: Sequence[type] = (),
         activities: Sequence[Callable[..., Any]] = (),
         *,
-        server: Server | None = None,
+        server: Reached | None = None,
         task_queue: str | None = None,
         faults: Sequence[Fault] = (),
         shortened: Mapping[str, Mapping[str, Any]] | None = None,
@@ -247,7 +262,7 @@ class Lab:
         workflows: Sequence[type] = (),
         activities: Sequence[Callable[..., Any]] = (),
         *,
-        server: Server | None = None,
+        server: Reached | None = None,
         task_queue: str | None = None,
         fresh: bool = False,
         connect_options: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
@@ -306,7 +321,7 @@ class Lab:
         return self.file(f"{name or uuid.uuid4().hex[:8]}.gate")
 
     async def start(
-        self, run: Any, *arguments: Any, name: str = "", server: Server | None = None, **options: Any
+        self, run: Any, *arguments: Any, name: str = "", server: Reached | None = None, **options: Any
     ) -> WorkflowHandle[Any, Any]:
         """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named."""
         client = server.client if server else self.client

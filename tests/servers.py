@@ -26,6 +26,8 @@ def given_server(folder: Path, namespace: str = "evaluation", **settings: str) -
     """A dev server with its own defaults but for `settings` (dynamic configuration, "." written as "__")."""
     cli = find_cli()
     assert cli
+    folder = folder / "given"  # which goes with the server; what else stands beside it stays
+    folder.mkdir()
     guard = Guard(folder)
     dynamic = {name.replace("__", "."): value for name, value in settings.items()}
     server = Server(cli, guard, folder / "server.log", settings=dynamic, namespace=namespace)
