@@ -403,7 +403,7 @@ async def by_another_workflow(lab: Lab, branch: Branch) -> tuple[Evidence, ...]:
         not_signalled=equal(unpaid.result, [nobody]),
         not_cancelled=equal(unknown.result, [f"{nobody}: ExternalWorkflowExecutionNotFound"]),
         senders_ended=equal([unpaid.status, unknown.status], ["COMPLETED", "COMPLETED"]),
-        describing_it=equal(name_of(await refusal(lab.client.get_workflow_handle(nobody))), "NOT_FOUND"),
+        describing_it=equal(await refusal(lab.client.get_workflow_handle(nobody)), "NOT_FOUND"),
         in_the_senders_histories=equal(
             [await failed_in(one) for one in (payroll, liquidator)],
             ["SignalExternalWorkflowExecutionFailed", "RequestCancelExternalWorkflowExecutionFailed"],
@@ -1017,7 +1017,7 @@ async def waits_for_signal(lab: Lab, till: Till) -> Evidence:
     handles = [await till.purchase(f"approved-{seconds}", seconds) for seconds in (None, 3600)]
     for handle in handles:
         await until(lambda: idle(handle, 1), "it waits for its approval")  # noqa: B023
-    before = [name_of(await status_of(handle)) for handle in handles]
+    before = [await status_of(handle) for handle in handles]
     for handle in handles:
         await handle.signal(Purchase.approve)
     results = [(await ended(handle)).result for handle in handles]
@@ -1038,7 +1038,7 @@ async def never_set(lab: Lab, till: Till) -> tuple[Evidence, ...]:
     how = await ended(bounded)
     status, history = await status_of(without), outline(await without.fetch_history())
     events = await history_of(bounded)
-    if name_of(status) == "RUNNING":
+    if status == "RUNNING":
         await without.terminate()
     waited = (event_times(events, "TIMER_FIRED")[0] - event_times(events, "TIMER_STARTED")[0]).total_seconds()
     expired = works(
@@ -1049,7 +1049,7 @@ async def never_set(lab: Lab, till: Till) -> tuple[Evidence, ...]:
     )
     return expired, control(
         "the same wait without a timeout hangs",
-        when_the_one_with_a_timeout_had_ended=equal(name_of(status), "RUNNING"),
+        when_the_one_with_a_timeout_had_ended=equal(status, "RUNNING"),
         timers_in_its_history=equal(history.count("Timer"), 0),
     )
 
@@ -1310,7 +1310,7 @@ async def many_signals(lab: Lab, till: Till, server: Server) -> Evidence:
     )
     answers = [await sent(handle.signal(Purchase.approve)) for _ in range(25)]
     recorded = (await count_events(handle))["WORKFLOW_EXECUTION_SIGNALED"]
-    status = name_of(await status_of(handle))
+    status = await status_of(handle)
     await handle.terminate()
     return limit(
         SO_MANY_SIGNALS,
@@ -1782,7 +1782,7 @@ async def signal_nobody(lab: Lab) -> Evidence:
     return control(
         "a plain signal to a workflow that does not exist is refused and starts none",
         the_signal=contains(answer, "NOT_FOUND"),
-        describing_the_workflow=equal(name_of(await refusal(handle)), "NOT_FOUND"),
+        describing_the_workflow=equal(await refusal(handle), "NOT_FOUND"),
     )
 
 
@@ -1795,7 +1795,7 @@ async def refused_update_with_start(lab: Lab) -> Evidence:
     order = Order(f"{lab.id}-refused")
     handle = lab.client.get_workflow_handle(order.number)
     answer = await sent(put_or_start(lab.client, order, "", lab.task_queue))
-    status = "not there" if await refusal(handle) else name_of(await status_of(handle))
+    status = "not there" if await refusal(handle) else await status_of(handle)
     if status == "RUNNING":
         await handle.terminate("nobody asked for it")
     return limit(
@@ -1894,10 +1894,10 @@ async def consumption(lab: Lab, port: int, reuse: WorkflowIDReusePolicy) -> Cons
     await ended(await lab.start(Fulfilment.run, Order(f"{lab.id}-other", ["other"]), name=f"other-{reuse.name}"))
     idle = int(await redis("LLEN", name)), len(shipped(lab, name))
     async with lab.process(consumer, lab.target, topic, lab.task_queue, reuse) as first:
-        killed = await first.wait(60 * slowness())
+        killed = await first.wait()
     await ended(lab.client.get_workflow_handle(numbers[2]))
     async with lab.process(consumer, lab.target, topic, lab.task_queue, reuse) as second:
-        await second.wait(60 * slowness())
+        await second.wait()
     left = int(await redis("LLEN", name)) + int(await redis("LLEN", f"{name}-taken"))
     redis.close()
     # What was started has shipped before it is over: afterwards the ledger is complete.
@@ -2123,13 +2123,13 @@ async def drama(lab: Lab, broker: Any) -> Drama:
     process = partial(lab.process, record_consumer, lab.target)
     async with contextlib.AsyncExitStack() as stack:
         begun = [await stack.enter_async_context(process(one, lab.task_queue)) for one in topics]
-        first = [await one.wait(120 * slowness()) for one in begun]
+        first = [await one.wait(120) for one in begun]
         begun = [await stack.enter_async_context(process(one, lab.task_queue)) for one in topics]
         await until(lambda: all(len(notes(one.deliveries)) == 8 for one in topics), "eight deliveries", 120)
         broker.kill()
         open_gate(gate)
         back = await broker.start(120 * slowness())
-        second = [await one.wait(120 * slowness()) for one in begun]
+        second = [await one.wait(120) for one in begun]
     return Drama(first, second, back, topics, await records_of(broker.address, f"{topics[0].name}-aside"))
 
 
@@ -2141,7 +2141,7 @@ async def stuck(lab: Lab, broker: Any) -> tuple[list[int], list[str]]:
     ends = []
     for _ in range(2):
         async with lab.process(record_consumer, lab.target, topic, lab.task_queue) as one:
-            ends.append(await one.wait(60 * slowness()))
+            ends.append(await one.wait())
     return ends, notes(topic.deliveries)
 
 
@@ -2392,7 +2392,7 @@ async def read_while_running(lab: Lab) -> tuple[Evidence, ...]:
             "a query reads a running workflow's variables as they are, and writes nothing into its history",
             answers=equal(answers, ledger),
             the_last=equal(answers[-1], ["depot", "ship", "train"]),
-            status=equal(name_of(status), "RUNNING"),
+            status=equal(status, "RUNNING"),
             events_before=len(before),
             the_same_after=equal(after == before, True),
         ),

@@ -42,7 +42,6 @@ from lab import (
     ended,
     failed_tasks,
     make_worker,
-    name_of,
     note,
     notes,
     open_gate,
@@ -94,7 +93,6 @@ from temporalio.api.workflowservice.v1 import (
 from temporalio.client import (
     Client,
     WorkflowExecutionAsyncIterator,
-    WorkflowExecutionStatus,
     WorkflowHandle,
     WorkflowHistory,
 )
@@ -129,7 +127,6 @@ VR = Category(
 
 # Seconds between two looks at the server where something is waited for: each costs it as much as a step does.
 LOOK = 0.2
-RUNNING = WorkflowExecutionStatus.RUNNING
 
 
 async def together(*parts: Awaitable[T]) -> list[T]:
@@ -454,7 +451,7 @@ async def until_over(handle: WorkflowHandle[Any, Any]) -> None:
 
 async def is_over(handle: WorkflowHandle[Any, Any]) -> bool:
     """The run is closed, or stuck: a workflow task has failed."""
-    return await status_of(handle) != RUNNING or bool(await failed_tasks(handle))
+    return await status_of(handle) != "RUNNING" or bool(await failed_tasks(handle))
 
 
 def staff(lab: Lab, stage: str, queue: str) -> Worker:
@@ -487,9 +484,9 @@ class Passage:
 async def passage(lab: Lab, handle: WorkflowHandle[Any, Any]) -> Passage:
     """How a run has gone that is_over(). One that is stuck is ended, or the next worker would try it, too."""
     status, trouble = await status_of(handle), await failed_tasks(handle)
-    seen = name_of(status), None if status == RUNNING else await handle.result(), (trouble or [""])[0]
+    seen = status, None if status == "RUNNING" else await handle.result(), (trouble or [""])[0]
     found = Passage(*seen, ran(lab, handle), await builds_of(handle))
-    if status == RUNNING:
+    if status == "RUNNING":
         with contextlib.suppress(RPCError):  # it has ended meanwhile: another worker's code fits it
             await handle.terminate("stuck")
     return found
@@ -780,7 +777,7 @@ async def no_current_version(shop: Shop) -> Evidence:
     return limit(
         WAITS,
         history=equal(list(before), ["WORKFLOW_EXECUTION_STARTED", "WORKFLOW_TASK_SCHEDULED"]),
-        status=equal(name_of(status), "RUNNING"),
+        status=equal(status, "RUNNING"),
         failed_workflow_tasks=equal(failed, []),
         meanwhile_steps_of_a_later_run_on_a_worker_without_versions=equal(ran(shop.lab, beside), ["pay on old"]),
         current_version_set_and_routed=figure(current, "s"),
@@ -834,7 +831,7 @@ async def orphaned(shop: Shop) -> Evidence:
     orphan = shop.orders["orphan"]
     await orphan.signal(Approvable.approve)
     await ended(await shop.order(PINNED, "next", start_signal="approve"))
-    meanwhile = [name_of(await status_of(orphan)), outline(await orphan.fetch_history(), without="").split("\n")[-1]]
+    meanwhile = [await status_of(orphan), outline(await orphan.fetch_history(), without="").split("\n")[-1]]
     meanwhile += shop.ran("orphan")
     query = f'TemporalWorkerDeploymentVersion = "{shop.queue}:1.0" AND ExecutionStatus = "Running"'
     await until(partial(ids_of, shop.client, query), "visibility tells of it", every=LOOK)
@@ -1550,7 +1547,7 @@ async def drain(way: Rollout, long: Sequence[WorkflowHandle[Any, Any]]) -> Evide
     seconds = await until(drained, "1.0 is reported drained", every=LOOK)
     return works(
         "the old version drains: DRAINING while its runs are open, which finish on it, then DRAINED",
-        open_runs=equal(open_runs.count(RUNNING), 5),
+        open_runs=equal(open_runs.count("RUNNING"), 5),
         checked_by_the_server_with_these_open=equal(before, "DRAINING"),
         they_finished_on=equal(way.builds(long), {"1.0": 5}),
         DRAINED_after_the_last_one=figure(seconds, "s"),
@@ -1568,7 +1565,7 @@ async def roll_back_and_move(way: Rollout) -> Evidence:
             await until(partial(failed_tasks, victim), "the bug of 3.0 has shown", every=LOOK)
         seconds = await way.switch("2.0")
         after = await way.begin(5, approved=True)
-    stuck = collections.Counter([name_of(await status_of(one)) for one in victims])
+    stuck = collections.Counter([await status_of(one) for one in victims])
     untouched = way.builds(victims)
     begun = time.monotonic()
     moved = await together(*(move_by_hand(way, victim, "2.0") for victim in victims))
@@ -1772,7 +1769,7 @@ async def annotated_but_unversioned(lab: Lab) -> Evidence:
     return limit(
         UNCONFIGURED,
         worker_serves=equal(serving, True),
-        status=equal(name_of(status), "RUNNING"),
+        status=equal(status, "RUNNING"),
         failed_workflow_tasks=equal(failed, []),
         steps=equal(ran(lab, order), []),
         first_workflow_task_timed_out_after=figure(seconds, "s"),
@@ -1825,7 +1822,7 @@ async def end_while_paying(lab: Lab, name: str, grace: timedelta | None) -> tupl
         order = await lab.start("Order", Purchase(queue), id=queue, task_queue=queue, start_signal="approve")
         await until(partial(ran, lab, order), "the order is being paid for")
         os.kill(child.pid, signal.SIGTERM)
-        status = await child.wait(60 * slowness())
+        status = await child.wait()
     async with deployed(lab, queue, Journal(lab.file("journal"), "the next worker")):
         how = await ended(order)
     return status, how, ran(lab, order)
@@ -1883,7 +1880,7 @@ async def rolled(lab: Lab) -> Evidence:
             await until(partial(busy, child), "it runs an activity", every=0.2)
             running.append(running_on(child))
             os.kill(child.pid, signal.SIGTERM)
-            statuses.append(await child.wait(60 * slowness()))
+            statuses.append(await child.wait())
         how = [await ended(order) for order in orders]
     steps = [", ".join(step.split(" on ")[0] for step in ran(lab, order)) for order in orders]
     return holds(
@@ -2311,7 +2308,7 @@ async def break_live(lab: Lab) -> list[Evidence]:
     async with lab.worker([ShipmentWithRequired], [send], task_queue=shipment.id) as worker:
         await until_over(shipment)
         noticed, serving = time.monotonic() - begun, worker.is_running
-        status, message, before = name_of(await status_of(shipment)), await complaint(shipment), sent(lab, shipment)
+        status, message, before = await status_of(shipment), await complaint(shipment), sent(lab, shipment)
     back = time.monotonic()
     async with lab.worker([Shipment], [send], task_queue=shipment.id):
         how = await ended(shipment)
@@ -2372,7 +2369,7 @@ async def migrate(lab: Lab) -> list[Evidence]:
         await until(
             partial(is_done_or_tried, old, begun + 2), "the run is finished, or was tried again in vain", every=LOOK
         )
-        status, after = name_of(await status_of(old)), sent(lab, old)
+        status, after = await status_of(old), sent(lab, old)
         today = TownAddress("Ulm", WeighedParcel(Size.SMALL, 50), express=True)
         new = await lab.start("Shipment", today, name="today", task_queue=queue, start_signal="approve")
         how = await ended(new)
@@ -2406,7 +2403,7 @@ async def attempt_of(handle: WorkflowHandle[Any, Any]) -> int:
 
 
 async def is_done_or_tried(handle: WorkflowHandle[Any, Any], attempt: int) -> bool:
-    return await status_of(handle) != RUNNING or await attempt_of(handle) >= attempt
+    return await status_of(handle) != "RUNNING" or await attempt_of(handle) >= attempt
 
 
 def reread(converter: DataConverter, written: Fields, kind: type) -> Any:
@@ -2499,7 +2496,7 @@ async def sent_around(lab: Lab, client: Client, queue: str, id: str, value: Any)
         handle = await client.start_workflow(Echo.run, value, id=id, task_queue=queue)
     except (RecursionError, ValueError) as error:  # pydantic's is a ValueError
         described = await refusal(client.get_workflow_handle(id))
-        return REFUSED if described == RPCStatusCode.NOT_FOUND else f"{type(error).__name__}, {name_of(described)}"
+        return REFUSED if described == "NOT_FOUND" else f"{type(error).__name__}, {described or 'described'}"
     how = await ended(handle)
     # Text, for NaN is not equal to itself.
     given, back = [repr(call.argument) for call in lab.calls(id)], repr(how.result)

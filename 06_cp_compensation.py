@@ -40,7 +40,6 @@ from lab import (
     failed_tasks,
     hold,
     lacks_yet,
-    name_of,
     never_answer,
     note,
     notes,
@@ -83,7 +82,6 @@ from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest, StartBatchOperationRequest
 from temporalio.client import (
     Client,
-    WorkflowExecutionStatus,
     WorkflowFailureError,
     WorkflowHandle,
     WorkflowUpdateFailedError,
@@ -99,8 +97,6 @@ CP = Category(
     "Compensation and recovery",
     "What is undone, what is repeated, and who can step in when retries no longer help?",
 )
-
-RUNNING = WorkflowExecutionStatus.RUNNING
 
 
 # What is held by a fault is not given up on a slow machine.
@@ -637,7 +633,7 @@ async def in_mid_air(handle: WorkflowHandle[Any, Any]) -> PendingActivityInfo:
     async def seen() -> bool:
         nonlocal pending
         pending = await pending_activity(handle)
-        return pending.attempt >= 3 or await status_of(handle) != RUNNING
+        return pending.attempt >= 3 or await status_of(handle) != "RUNNING"
 
     await until(seen, "the undoing is at its third attempt, or the run has ended")
     return pending
@@ -690,7 +686,7 @@ async def terminated(bench: Bench) -> Evidence:
         "a terminated workflow compensates nothing",
         calls=lacks(called(bench.lab, handle.id), *BACK),
         balance=equal(sum(bench.booked("terminated")), sum(PRICES.values())),
-        status=name_of(await status_of(handle)),
+        status=await status_of(handle),
         a_booking_begun_after_it=next_one.status,
     )
 
@@ -1360,7 +1356,7 @@ async def refused_words(lab: Lab, street: Street) -> Evidence:
         "an update that makes no sense is refused by its validator, and leaves no event",
         answer=contains(await redirected(one, "home"), "name another address"),
         history=equal(outline(await one.handle.fetch_history()).splitlines(), HISTORY),
-        status=equal(name_of(await status_of(one.handle)), "RUNNING"),
+        status=equal(await status_of(one.handle), "RUNNING"),
     )
 
 
@@ -1482,7 +1478,7 @@ async def pause_activity(lab: Lab, street: Street) -> Evidence:
     for each in (paused, other):
         each.open_door()
     await ended(other.handle)
-    waiting = name_of(await status_of(paused.handle))
+    waiting = await status_of(paused.handle)
     await paused.cli("unpause")
     how = await ended(paused.handle)
     return holds(
@@ -1667,7 +1663,7 @@ async def manual_intervention(lab: Lab) -> AsyncIterator[Evidence]:
                 open_gate(lab.gate(name))
         yield await no_trace(lab, street)
         twin.open_door()  # as for the others, the cause is gone; but nobody steps in
-        status, minutes = name_of(await status_of(twin.handle)), await twin.minutes_away()
+        status, minutes = await status_of(twin.handle), await twin.minutes_away()
     yield control(
         "a twin that nobody touches stays stuck",
         status=equal(status, "RUNNING"),
@@ -1884,7 +1880,7 @@ class Market:
         ]
 
     async def gets_nowhere(self, handle: WorkflowHandle[Any, Any]) -> bool:
-        return self.attempts(handle.id) > 2 * LIMIT or await status_of(handle) != RUNNING
+        return self.attempts(handle.id) > 2 * LIMIT or await status_of(handle) != "RUNNING"
 
     async def drive_again(self, reason: str) -> None:
         """Drive again what the query finds, as soon as the namespace has no other batch to work off."""
@@ -2028,7 +2024,7 @@ async def stuck_in_code(market: Market) -> Evidence:
         ]
         seconds = await until(lambda: listed(server.client, query), "the stuck run is listed", 60)
         found, messages = await listed(server.client, query), await failed_tasks(stuck)
-        both = [name_of(await status_of(handle)) for handle in (healthy, stuck)]
+        both = [await status_of(handle) for handle in (healthy, stuck)]
         well = (await count_events(healthy))["WORKFLOW_TASK_COMPLETED"]
     return holds(
         STUCK,
@@ -2057,7 +2053,7 @@ async def endless(market: Market) -> list[Evidence]:
         control(
             "without a limit to its attempts the poison item goes on retrying, and is no failed run",
             attempts=at_least(market.attempts(handle.id), 2 * LIMIT + 1),
-            status=equal(name_of(await status_of(handle)), "RUNNING"),
+            status=equal(await status_of(handle), "RUNNING"),
             among_the_failed=lacks(sorted(await listed(lab.client, failed)), handle.id),
         ),
         holds(

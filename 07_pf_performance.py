@@ -1149,10 +1149,10 @@ async def outcome_of(handle: WorkflowHandle[Any, Any], begun: float) -> Outcome:
 
     await until(decided, "the workflow ended, or its workflow task is tried again", every=0.1)
     seconds, status, answer = time.monotonic() - begun, await status_of(handle), ""
-    if status != RUNNING:
+    if status != "RUNNING":
         how = await ended(handle)
         answer = f"{how.result or how.why}"[:300]
-    return Outcome(name_of(status), answer, await stuck_on(handle), seconds)
+    return Outcome(status, answer, await stuck_on(handle), seconds)
 
 
 async def stuck_on(handle: WorkflowHandle[Any, Any]) -> str:
@@ -1706,7 +1706,7 @@ async def refused_to_the_caller(lab: Lab, room: Room) -> Evidence:
 
 async def described(lab: Lab, name: str) -> str:
     """How the server refuses to describe a run, or "no error"."""
-    return name_of(await refusal(lab.client.get_workflow_handle(f"{lab.id}-{name}")))
+    return await refusal(lab.client.get_workflow_handle(f"{lab.id}-{name}"))
 
 
 async def over_the_limit(lab: Lab, room: Room) -> list[Evidence]:

@@ -51,7 +51,6 @@ from lab import (
     free_port,
     history_of,
     hold,
-    name_of,
     note,
     notes,
     open_gate,
@@ -1641,10 +1640,10 @@ async def waiting_survive(lab: Lab) -> Evidence:
 async def in_memory(lab: Lab) -> Evidence:
     async with lab.private_server() as server:
         handles = await five_inboxes(lab, server.client)
-        before = [name_of(await status_of(handle)) for handle in handles]
+        before = [await status_of(handle) for handle in handles]
         server.kill()
         await server.start()
-        after = [name_of(await refusal(handle)) for handle in handles]
+        after = [await refusal(handle) for handle in handles]
     return control(
         "a server that keeps its state in memory has lost them all",
         before_SIGKILL=equal(before, ["RUNNING"] * INBOXES),
@@ -2433,13 +2432,13 @@ async def told_to_end(lab: Lab, name: str, case: Told) -> Evidence:
         if case.grace and case.handler:
 
             async def leaving() -> bool:
-                return bool(notes(f"{gate}.told")) or name_of(await status_of(handle)) != "RUNNING"
+                return bool(notes(f"{gate}.told")) or await status_of(handle) != "RUNNING"
 
             await until(leaving, "the activity knows that its worker is to leave, or was not told and has failed")
             open_gate(gate)
         begun = time.monotonic()
         how = await ended(handle)
-        status = await packer.wait(60 * slowness())
+        status = await packer.wait()
     return case.kind(
         case.claim,
         workflow=equal(how.status, case.ending),
@@ -2679,7 +2678,7 @@ async def leave(client: Client, lab: Lab, name: str) -> WorkflowHandle[Visit, st
 
 async def traces(client: Client, handle: WorkflowHandle[Any, Any]) -> list[str]:
     """What is left of a workflow: its description, its history, its place in visibility."""
-    left = ["description"] if await refusal(handle) is None else []
+    left = ["description"] if not await refusal(handle) else []
     try:
         left += ["history"] if await history_of(handle) else []
     except RPCError as error:
@@ -2866,7 +2865,7 @@ async def archives(lab: Lab, kind: Literal["s3", "files"]) -> Kept:
             gone = await reads(lost.get_workflow_handle(other.id, run_id=other.first_execution_run_id))
             more = [await archival_of(kept)]
             more += [await bucket_down(lab, archive, kept, lost)] if isinstance(archive, Bucket) else []
-        return Kept(before, len(history.events), not replay.replay_failure, name_of(anew), took, gone, more)
+        return Kept(before, len(history.events), not replay.replay_failure, anew, took, gone, more)
 
 
 UNREADABLE = ("NOT_FOUND", "INVALID_ARGUMENT")  # the latter where the namespace names no archive
@@ -3225,7 +3224,7 @@ async def nobody_left(lab: Lab) -> Evidence:
     return control(
         "with nobody to take over, the workflow waits, and loses nothing by it",
         stages_begun_meanwhile=equal(waited, 0),
-        status_meanwhile=equal(name_of(status), "RUNNING"),
+        status_meanwhile=equal(status, "RUNNING"),
         **{f"{name} with a new worker": fact for name, fact in facts.items()},
     )
 
@@ -3272,7 +3271,7 @@ async def replicates(lab: Lab, cluster: Cluster, own: Client) -> list[Evidence]:
 
 
 async def is_there(handle: WorkflowHandle[Any, Any]) -> bool:
-    return await refusal(handle) is None
+    return not await refusal(handle)
 
 
 class Traffic:
@@ -3376,9 +3375,7 @@ class Loss:
                 of_starts=len(self.load.journeys),
                 of_signals=self.load.senders.acknowledged,
             ),
-            control(
-                "a run of an ordinary namespace is gone with region a", asked_for_in_b=equal(name_of(gone), "NOT_FOUND")
-            ),
+            control("a run of an ordinary namespace is gone with region a", asked_for_in_b=equal(gone, "NOT_FOUND")),
         ]
 
     async def come_back(self) -> Evidence:
@@ -3514,7 +3511,7 @@ async def one_id_twice(lab: Lab, red: Client, blue: Client) -> list[Evidence]:
     blues = await blue.start_workflow(Room.run, "blue", id=id, task_queue=queue)
     own = await red.start_workflow(Room.run, "red", id=f"{id}-own", task_queue=queue)
     across = [blue.get_workflow_handle(own.id), blue.get_workflow_handle(id, run_id=reds.first_execution_run_id)]
-    refusals = [name_of(await refusal(handle)) for handle in across]
+    refusals = [await refusal(handle) for handle in across]
     signalled = await told(across[0].signal("enter", "a stranger"))
     await reds.signal(Room.enter, "Rose")
     await blues.signal(Room.enter, "Bob")
@@ -3531,7 +3528,7 @@ async def one_id_twice(lab: Lab, red: Client, blue: Client) -> list[Evidence]:
             "a workflow of the other namespace cannot be read or signalled, not even by its run id",
             describe_by_id_and_by_run_id=equal(refusals, ["NOT_FOUND", "NOT_FOUND"]),
             signal=equal(signalled, "NOT_FOUND"),
-            where_it_is_at_home=equal(name_of(untouched), "RUNNING"),
+            where_it_is_at_home=equal(untouched, "RUNNING"),
         ),
     ]
 
@@ -3657,7 +3654,7 @@ async def open_doors(lab: Lab) -> list[Evidence]:
             stranger = await Client.connect(server.address, namespace=client.namespace, identity="the boss")
             names = await forged(client, stranger.get_workflow_handle(handle.id))
             await stranger.get_workflow_handle(handle.id).terminate("because I can")
-            reached.append(name_of(await status_of(handle)))
+            reached.append(await status_of(handle))
     return [
         limit(
             OPEN_DOORS,

@@ -44,7 +44,6 @@ from lab import (
     free_port,
     history_of,
     make_worker,
-    name_of,
     note,
     notes,
     open_gate,
@@ -100,7 +99,6 @@ from temporalio.client import (
     ScheduleActionStartWorkflow,
     ScheduleSpec,
     WorkflowExecutionAsyncIterator,
-    WorkflowExecutionStatus,
     WorkflowFailureError,
     WorkflowHandle,
     WorkflowHistory,
@@ -129,7 +127,6 @@ DX = Category(
 
 # Where nothing is to be given up, a slow machine gets all the time it needs.
 PATIENT = timedelta(minutes=5)
-RUNNING = WorkflowExecutionStatus.RUNNING
 
 
 @contextlib.asynccontextmanager
@@ -413,7 +410,7 @@ async def type_checker(lab: Lab, shop: Client) -> list[Evidence]:
         unlimited = await shop.start_workflow(WithoutTimeout.run, BASKET, id=f"{queue}-unlimited", task_queue=queue)
         named = await ended(await shop.start_workflow(ByName.run, id=f"{queue}-named", task_queue=queue))
         seconds = await until(lambda: failed_tasks(unlimited), "the missing timeout is found")
-        message, status = (await failed_tasks(unlimited))[0], name_of(await status_of(unlimited))
+        message, status = (await failed_tasks(unlimited))[0], await status_of(unlimited)
         await unlimited.terminate()
     complaints, first = await complaints_of_mypy(lab), CALLS.count("\n") + 1
     of_file = {name: [said for file, _, said in complaints if file == name]
@@ -922,7 +919,7 @@ async def say_hello(lab: Lab, server: Server, name: str) -> WorkflowHandle[Any, 
 
 async def what_is_left(handle: WorkflowHandle[Any, Any]) -> str:
     refused = await refusal(handle)
-    return name_of(refused) if refused else str(await handle.result())
+    return refused or str(await handle.result())
 
 
 async def from_nothing(lab: Lab, server: Server, ready: float) -> Evidence:
@@ -931,7 +928,7 @@ async def from_nothing(lab: Lab, server: Server, ready: float) -> Evidence:
     Path(file).write_text(copy_of(Path(__file__), "DX-03") or "", encoding="utf-8")
     begun = time.time()
     async with program(lab, [sys.executable, file], output, **cli_environment(server.target)) as hello:
-        status = await hello.wait(150 * slowness())
+        status = await hello.wait(150)
     took, listed = time.time() - begun, [one async for one in server.client.list_workflows()]
     times = [(one.start_time.timestamp() - begun, one.close_time.timestamp()) for one in listed if one.close_time]
     started, closed = times[0] if times else (0.0, begun)
@@ -956,7 +953,7 @@ async def two_servers(lab: Lab) -> list[Evidence]:
             ada, bob = await asyncio.gather(say_hello(lab, filed, "Ada"), say_hello(lab, bare, "Bob"))
             results = [await ada.result(), await bob.result()]
             filed.kill()
-            left = name_of(await status_of(bob)), await what_is_left(bob)
+            left = await status_of(bob), await what_is_left(bob)
             bare.kill()
             back, _ = await asyncio.gather(filed.start(), bare.start())
             kept, gone = await what_is_left(ada), await what_is_left(bob)
@@ -1319,7 +1316,7 @@ async def skipping_time(lab: Lab) -> list[Evidence]:
         begun = time.monotonic()
         real, mocked, schedule = await lab.answer(first_generation, str(binary), sent, mocks, seconds=90)
         passed = time.monotonic() - begun
-        waiting, hanging = name_of(await status_of(month)), name_of(await status_of(wrong))
+        waiting, hanging = await status_of(month), await status_of(wrong)
         failed = await failed_tasks(wrong)
         for handle in (month, wrong):
             await handle.terminate()
@@ -2336,7 +2333,7 @@ async def killed_in_the_middle(lab: Lab) -> list[Evidence]:
         await plain.kill()
     open_gate(lost.gate)
     async with lab.process(book_in_a_process, lost) as plain:
-        await plain.wait(60 * slowness())
+        await plain.wait()
     booking = Booking(kept)
     parts = {
         "workflows": [Trip],
@@ -2387,7 +2384,7 @@ async def on_dbos(lab: Lab) -> Evidence:
     )
     output = lab.file("dbos.txt")
     async with program(lab, [*python, str(ON_DBOS)], output, DBOS_FILE=lab.file("dbos.sqlite")) as dbos:
-        status = await dbos.wait(90 * slowness())
+        status = await dbos.wait(90)
     if status:
         why = one_line(text_of(output), 200)
         raise NotRun(f"dbos is not at hand; run once: uv run comparison/{ON_DBOS.name} ({why})")
@@ -2685,7 +2682,7 @@ async def replay_under_a_debugger(archive: Archive) -> Evidence:
         await until(lambda: "(Pdb)" in text_of(output), "the debugger waits for a command")
         await asyncio.sleep(THINKING)  # time itself is what is tried
         type_in(fifo, "p 'recorded', packed", "continue")
-        status = await child.wait(40 * slowness())
+        status = await child.wait(40)
     stopped = f"{Path(__file__).name}({StopsToLook.run.__code__.co_firstlineno + 6})run()"
     return holds(
         "a recorded run is replayed under a debugger, with the values it had then",
@@ -2773,7 +2770,7 @@ async def replay_bare(code: type, text: str) -> str:
 
 async def told_of(lab: Lab, name: str, cases: Sequence[tuple[type, str]], checked: bool = False) -> list[str]:
     async with lab.process(replay_each, lab.file(name), cases, checked) as child:
-        status = await child.wait(150 * slowness())
+        status = await child.wait(150)
     if status:
         raise RuntimeError(f"the process of {name} ended with {status}; see --log")
     told: list[str] = json.loads(text_of(lab.file(name)))

@@ -49,7 +49,6 @@ from lab import (
     history_of,
     hold,
     keywords_in,
-    name_of,
     note,
     notes,
     open_gate,
@@ -2239,7 +2238,7 @@ async def agents_at_work(market: Market) -> list[Evidence]:
     quick = {"retry_policy": quick_retries(PATIENCE["retry_policy"])}
     hurried = {name: quick | {"start_to_close_timeout": soon()} for name in market.way.tools}
     async with market.worker(shortened=hurried) as worker:
-        await worker.wait(60 * slowness())
+        await worker.wait()
     patient = dict.fromkeys(market.way.tools, quick)
     async with market.worker(shortened=patient, max_cached_workflows=1):
         lamp_report, vase_report = await lamp, await market.shop("vase")
@@ -2297,7 +2296,7 @@ async def graph_in_activity(market: Market) -> list[Evidence]:
     lamp = asyncio.create_task(market.shop("lamp"))
     shorter = shortened("shop_by_graph", missed=soon())
     async with market.worker(shortened=shorter, **PROMPT) as worker:
-        await worker.wait(60 * slowness())
+        await worker.wait()
     async with market.worker(shortened=shorter, **PROMPT):
         report, mug_report = await lamp, await market.shop("mug")
     seen = {"turns_the_model_saw": equal(market.turns("lamp"), [1, 2, *TURNS])} if market.model.local else {}
@@ -2336,7 +2335,7 @@ async def agent_without_temporal(market: Market) -> Evidence:
         async with market.lab.process(
             shop_plainly, market.model.url, wish, market.store, done, nursery=market.nursery
         ) as program:
-            ended_by = await program.wait(60 * slowness())
+            ended_by = await program.wait()
             if ended_by == 0:
                 break
     return control(
@@ -2369,7 +2368,7 @@ def look_up(file: str) -> None:
 async def plugins_are_native(market: Market) -> list[Evidence]:
     file = market.lab.file("native")
     async with market.lab.process(look_up, file, nursery=market.nursery) as child:
-        await child.wait(60 * slowness())
+        await child.wait()
     evidence, *stage = notes(file)
     claim = "LangGraph by Temporal's plugin is experimental"
     late = (
@@ -2724,7 +2723,7 @@ async def status_in_the_end(handle: Handle) -> str:
     """How a run ended, or that it runs still."""
     with contextlib.suppress(TimeoutError):
         await ended(handle, 20)
-    return name_of(await status_of(handle))
+    return await status_of(handle)
 
 
 async def bad_calls(lab: Lab, study: Study) -> list[Evidence]:
@@ -2741,7 +2740,7 @@ async def bad_calls(lab: Lab, study: Study) -> list[Evidence]:
     both = zip(handles, statuses, strict=True)
     results = [await results_of(handle) if status == "COMPLETED" else [""] for handle, status in both]
     await until(lambda: failed_tasks(stuck), "the workflow task failed")
-    status, why = name_of(await status_of(stuck)), (await failed_tasks(stuck))[0]
+    status, why = await status_of(stuck), (await failed_tasks(stuck))[0]
     await stuck.terminate()
     first = [one[0] for one in results]
     return [

@@ -1,10 +1,11 @@
 """What the items of the numbered scripts work with.
 
     servers of our own, and their guard    harness/servers.py
+    looking: runs, histories, answers      harness/looking.py
     workers, and processes to kill         harness/workers.py
     faults from outside, and the ledger    harness/faults.py
     somebody else's server                 harness/given.py
-    the lab, looking, session and run      here
+    the lab, session and run               here
 
 This file knows nothing of verdicts: what is seen here becomes evidence in a script, and a verdict in common.py.
 """
@@ -14,14 +15,12 @@ from common import (
     NotRun,
     Target,
     Unusable,
-    causes,
     evaluate,
     find_cli,
     sdk_version,
     slowness,
 )
 from harness.faults import (
-    EVERY,
     Call,
     Fault,
     Outside,
@@ -38,7 +37,35 @@ from harness.faults import (
     withhold,
 )
 from harness.given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
-from harness.machine import until
+from harness.looking import (
+    Ending,
+    Handle,
+    HttpAnswer,
+    count_events,
+    end,
+    ended,
+    event_times,
+    failed_tasks,
+    finds,
+    happened,
+    history_of,
+    http,
+    is_closed,
+    is_closed_or_stuck,
+    keywords_in,
+    listed,
+    most_at_once,
+    name_of,
+    outline,
+    overheard,
+    pending,
+    refusal,
+    repeated,
+    said,
+    status_of,
+    waits,
+)
+from harness.machine import SLOW, until
 from harness.servers import TUNED, Finished, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
 from harness.settings import (
     CLI_ALONE,
@@ -57,10 +84,8 @@ from harness.workers import Child, Nursery, keep_bytecode, make_worker, sandbox,
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import inspect
-import io
 import itertools
 import json
 import logging
@@ -72,7 +97,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import tokenize
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -81,10 +105,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from temporalio.api.enums.v1 import EventType
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle, WorkflowHistory
-from temporalio.exceptions import FailureError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.client import Client
 from temporalio.worker import Worker
 
 if TYPE_CHECKING:
@@ -92,15 +113,28 @@ if TYPE_CHECKING:
 
 # What scripts, cluster.py and tests take from here though it stands in harness/.
 __all__ = [
-    "EVERY", "TUNED", "Call", "Child", "Fault", "Finished", "Guard", "Nursery", "Server", "die", "die_before", "fail",
-    "free_port", "hold", "lacks_yet", "make_folder", "make_worker", "never_answer", "note", "notes", "port_is_free",
-    "refuse", "requires", "sandbox", "slow", "slowness", "tail", "until", "withhold",
+    "TUNED", "Call", "Child", "Ending", "Fault", "Finished", "Guard", "Handle", "HttpAnswer", "Nursery", "Server",
+    "count_events", "die", "die_before", "end", "ended", "event_times", "fail", "failed_tasks", "finds", "free_port",
+    "happened", "history_of", "hold", "http", "is_closed", "is_closed_or_stuck", "keywords_in", "lacks_yet", "listed",
+    "make_folder", "make_worker", "most_at_once", "name_of", "never_answer", "note", "notes", "outline", "overheard",
+    "pending", "port_is_free", "refusal", "refuse", "repeated", "requires", "said", "sandbox", "slow", "slowness",
+    "status_of", "tail", "until", "waits", "withhold",
 ]  # fmt: skip
 
 # 1. The lab ------------------------------------------------------------------------------------------
 
 # Where nothing is to be given up, a slow machine gets all the time it needs.
 PATIENT = timedelta(minutes=5)
+
+
+# For a worker whose heartbeats must not be late: by default they are held back for 0.8 of their timeout, and what was
+# not sent is lost in a kill.
+PROMPT: Mapping[str, Any] = {"max_heartbeat_throttle_interval": timedelta(milliseconds=200)}
+
+
+def pace() -> float:
+    """The factor by which short timeouts are stretched; from SLOW on a loss is put down to slowness anyway."""
+    return min(slowness(), SLOW)
 
 
 def soon(seconds: float = 3) -> timedelta:
@@ -112,25 +146,13 @@ def soon(seconds: float = 3) -> timedelta:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a run ended: status such as "COMPLETED", result, and the causes of its failure, the first one last."""
-
-    status: str
-    result: Any = None
-    why: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.why}" if self.why else self.status
-
-
-@dataclass(frozen=True)
 class TakeOver:
     """What came of a worker killed and another that took over.
 
     `seconds` from SIGKILL to the end of the run; the activity calls begun before the kill, and after it.
     """
 
-    handle: WorkflowHandle[Any, Any]
+    handle: Handle
     ending: Ending
     seconds: float
     before: Sequence[Call]
@@ -308,13 +330,18 @@ class Lab:
             outside = Outside(self.file("calls"), faults, shortened or {})
             options["interceptors"] = [*options.get("interceptors", ()), outside]
 
-    def calls(self, workflow: str = "", what: str = "begun") -> list[Call]:
+    def calls(self, workflow: str = "", what: str = "begun", activity: str = "") -> list[Call]:
         """The activity calls that workers of this item have begun (or "ended"), of one workflow's id or of all.
+
+        Of one activity, or of all.
 
         `what` empty: every line of the ledger, begins and ends in the order in which they came.
         """
-        every = calls_in(self.file("calls"))
-        return [call for call in every if what in ("", call.what) and workflow in ("", call.workflow)]
+        return [
+            call
+            for call in calls_in(self.file("calls"))
+            if what in ("", call.what) and workflow in ("", call.workflow) and activity in ("", call.activity)
+        ]
 
     def gate(self, name: str = "") -> str:
         """The path of a file that is not there yet, for faults that wait for it; open_gate() makes it."""
@@ -322,18 +349,21 @@ class Lab:
 
     async def start(
         self, run: Any, *arguments: Any, name: str = "", server: Reached | None = None, **options: Any
-    ) -> WorkflowHandle[Any, Any]:
-        """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named."""
-        client = server.client if server else self.client
+    ) -> Handle:
+        """Start a workflow with an id of this item's, "`id`-`name`", on its task queue unless another is named.
+
+        By the `client` that is given, by that of the server, or by the item's own.
+        """
+        client = options.pop("client", None) or (server.client if server else self.client)
         given: dict[str, Any] = {"id": f"{self.id}-{name}" if name else self.id, "task_queue": self.task_queue}
-        handle: WorkflowHandle[Any, Any] = await client.start_workflow(run, args=arguments, **(given | options))
+        handle: Handle = await client.start_workflow(run, args=arguments, **(given | options))
         return handle
 
     async def answer(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Any:
         """What a module-level function returns in a process of its own, as JSON. It may be async."""
         path = self.file(f"{uuid.uuid4().hex[:8]}.json")
         async with self.process(_answer, path, function, arguments) as child:
-            status = await child.wait(seconds * slowness())
+            status = await child.wait(seconds)
         if status != 0:
             raise RuntimeError(f"{function.__name__} ended with status {status}: {tail(self._session.log)}")
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -436,12 +466,46 @@ class Lab:
             raise NotRun(why)
         return done
 
+    async def command(self, *arguments: str, server: Server | None = None, seconds: float = 30) -> Finished:
+        """The same as cli(), for a command that must succeed."""
+        done = await self.cli(*arguments, server=server, seconds=seconds)
+        if done.code:
+            raise RuntimeError(f"temporal {' '.join(arguments[:3])}: {done.err or done.out}")
+        return done
+
+    async def nexus_endpoint(self, server: Server, task_queue: str = "", namespace: str = "default") -> str:
+        """Make a Nexus endpoint of this item's name, which leads to a task queue. Returns its name."""
+        await self.command(
+            "operator", "nexus", "endpoint", "create", "--name", self.id, "--target-namespace", namespace,
+            "--target-task-queue", task_queue or self.task_queue, server=server,
+        )  # fmt: skip
+        return self.id
+
+    def program(
+        self, *command: str, output: str = "", **variables: str
+    ) -> contextlib.AbstractAsyncContextManager[Child]:
+        """Another program as a process that ends with the script, with these variables in its environment.
+
+        With a path `output` it writes there what it prints, and works in that file's folder.
+        """
+        return self.process(_become, command, output, variables)
+
 
 async def _answer(path: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     """The life of a process that answers: call the function, and leave what it returns in a file."""
     result = function(*arguments)
     answer = await result if inspect.isawaitable(result) else result
     Path(path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _become(command: Sequence[str], output: str, variables: Mapping[str, str]) -> None:
+    """The life of a process that becomes another program."""
+    if output:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.chdir(Path(output).parent)
+    os.execvpe(command[0], list(command), {**os.environ, **variables})
 
 
 def open_gate(path: str) -> None:
@@ -464,100 +528,7 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
     return Finished(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-# 2. Looking: the ledger, bounded waits, and what the server says -------------------------------------
-
-
-def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> list[str]:
-    """Where keywords such as "try" stand in the source of functions or classes: what a demonstration adds itself."""
-    found = []
-    for thing in things:
-        # Not ast: on Python 3.11 parsing fails now and then while other threads are busy.
-        tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(thing)).readline)
-        found += [f"{one.string} in {thing.__qualname__}" for one in tokens if one.string in keywords]
-    return found
-
-
-async def ended(handle: WorkflowHandle[Any, Any], seconds: float = 60) -> Ending:
-    """Wait until a run is closed, and say how. Raises TimeoutError after `seconds`, which grow on a slow machine."""
-    result, why = None, ""
-    try:
-        async with asyncio.timeout(seconds * slowness()):
-            result = await handle.result()
-    except WorkflowFailureError as error:
-        told = [one.message if isinstance(one, FailureError) else str(one) for one in causes(error.cause)]
-        why = " <- ".join(one for one in told if one != "Activity task failed")
-    except TimeoutError:
-        raise TimeoutError(f"{handle.id} did not end within {seconds * slowness():.0f} s") from None
-    return Ending(name_of(await status_of(handle)), result, why)
-
-
-def outline(history: WorkflowHistory, *, without: str = "WorkflowTask") -> str:
-    """A run's events as a block of text, one a line, as the history reads, such as "ActivityTaskScheduled book".
-
-    Events whose names begin with `without` are left out.
-    """
-    lines = []
-    for event in history.events:
-        name = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_").title().replace("_", "")
-        attributes = getattr(event, str(event.WhichOneof("attributes")))
-        details = [
-            getattr(value, "name", getattr(value, "message", value))
-            for field in ("activity_type", "workflow_type", "signal_name", "timer_id", "failure")
-            if (value := getattr(attributes, field, None))
-        ]
-        if not (without and name.startswith(without)):
-            lines.append(" ".join([name, *map(str, details)]))
-    return "\n".join(lines)
-
-
-async def status_of(handle: WorkflowHandle[Any, Any]) -> WorkflowExecutionStatus | None:
-    """A run's status as the server describes it."""
-    return (await handle.describe()).status
-
-
-async def refusal(handle: WorkflowHandle[Any, Any]) -> RPCStatusCode | None:
-    """The status with which the server refuses to describe a run, or None when it does describe it."""
-    try:
-        await handle.describe()
-    except RPCError as error:
-        return error.status
-    return None
-
-
-def name_of(status: WorkflowExecutionStatus | RPCStatusCode | None) -> str:
-    """A status in words, for a measured text."""
-    return status.name if status else "no error"
-
-
-async def history_of(handle: WorkflowHandle[Any, Any]) -> list[dict[str, Any]]:
-    """A run's events as JSON, as the Python client reads them."""
-    events: list[dict[str, Any]] = json.loads((await handle.fetch_history()).to_json())["events"]
-    return events
-
-
-async def count_events(handle: WorkflowHandle[Any, Any]) -> collections.Counter[str]:
-    """How often each type of event stands in a run's history, such as "ACTIVITY_TASK_COMPLETED"."""
-    history = await handle.fetch_history()
-    return collections.Counter(EventType.Name(one.event_type).removeprefix("EVENT_TYPE_") for one in history.events)
-
-
-def event_times(events: Sequence[Mapping[str, Any]], kind: str) -> list[datetime]:
-    """When the server recorded the events of one type, such as "TIMER_FIRED". `events` are those of history_of()."""
-    times = [event["eventTime"] for event in events if event["eventType"] == f"EVENT_TYPE_{kind}"]
-    return [datetime.fromisoformat(time.replace("Z", "+00:00")) for time in times]
-
-
-async def failed_tasks(handle: WorkflowHandle[Any, Any]) -> list[str]:
-    """The messages of the failed workflow tasks in a run's history: what a stuck workflow suffers from."""
-    history = await handle.fetch_history()
-    return [
-        event.workflow_task_failed_event_attributes.failure.message
-        for event in history.events
-        if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED
-    ]
-
-
-# 3. Session and run ----------------------------------------------------------------------------------
+# 2. Session and run ----------------------------------------------------------------------------------
 
 
 # As on the dev server (see TUNED): a timer of 50 ms does not round up to a second. Nothing promised changes by it.

@@ -97,18 +97,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float = 0.05) -> float:
+async def until(condition: Callable[[], object], what: str, seconds: float = 60, every: float | None = None) -> float:
     """Wait until `condition`, a function or coroutine function, is truthy. Returns the seconds it took.
 
-    It is asked `every` so many seconds. Raises TimeoutError, which says that `what` did not happen, after
-    `seconds`, which grow on a slow machine.
+    It is asked `every` so many seconds: by default 0.05, and 0.2 where it is a coroutine, whose answer costs a server
+    something. Raises TimeoutError, which says that `what` did not happen, after `seconds`, which grow on a slow
+    machine.
     """
     seconds *= slowness()
     begun = time.monotonic()
     while True:
         met = condition()
-        if await met if inspect.isawaitable(met) else met:
+        asked = inspect.isawaitable(met)
+        if await met if asked else met:  # type: ignore[misc]
             return time.monotonic() - begun
         if time.monotonic() > begun + seconds:
             raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
-        await asyncio.sleep(every)
+        await asyncio.sleep(every or (0.2 if asked else 0.05))

@@ -1,6 +1,6 @@
 """Workers, in this process and in processes that may be killed, and the nursery that forks these."""
 
-from harness.machine import leave
+from harness.machine import leave, slowness
 from harness.servers import tail
 from harness.settings import Target, connect, mask_streams, remember
 
@@ -116,9 +116,12 @@ class Child:
         """Send it another signal, such as SIGTERM, SIGSTOP or SIGCONT."""
         os.kill(self.pid, number)
 
-    async def wait(self, seconds: float = 30) -> int:
-        """Wait for the process to end by itself. Returns its exit status, or minus the signal's number."""
-        return await asyncio.wait_for(asyncio.shield(self._ended), seconds)
+    async def wait(self, seconds: float = 60) -> int:
+        """Wait for the process to end by itself. Returns its exit status, or minus the signal's number.
+
+        Raises TimeoutError after `seconds`, which grow on a slow machine.
+        """
+        return await asyncio.wait_for(asyncio.shield(self._ended), seconds * slowness())
 
     def ended(self, status: int) -> None:
         self._ended.set_result(status)

@@ -21,21 +21,21 @@ def test_everything_without_a_cache(tmp_path: Path) -> None:
     check_whole(evaluate(SCRIPT, tmp_path, "--no-cache"))
 
 
-LOOK = """                await load.look()
+LOOK = """                await load.comes_to(moment, number)
                 if victim == "server":
                     server.kill()
                     await server.start()
 """
 # A server whose disk did not keep what it acknowledged: a copy of its file from a moment before is put back.
-LOST = """                if victim == "server":
+LOST = """                await load.comes_to(moment, number)
+                if victim == "server":
                     import sqlite3
 
                     copy = sqlite3.connect(lab.file("copy"))
                     sqlite3.connect(str(server.file)).backup(copy)
                     copy.close()
                     await until(lambda: load.begun() >= moment + 12, "more steps were begun")
-                await load.look()
-                if victim == "server":
+                    await load.look()
                     server.kill()
                     Path(str(server.file)).write_bytes(Path(lab.file("copy")).read_bytes())
                     Path(f"{server.file}-journal").unlink(missing_ok=True)

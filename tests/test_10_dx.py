@@ -94,7 +94,7 @@ FALLS = [
          ["after the kill of its worker"]),
     # The plain program is not started again.
     Fall("DX-06", "    open_gate(lost.gate)\n    async with lab.process(book_in_a_process, lost) as plain:\n"
-         "        await plain.wait(60 * slowness())\n", "", None, ["begins anew"]),
+         "        await plain.wait()\n", "", None, ["begins anew"]),
     # No message speaks of determinism: nothing else caps it at three.
     Fall("DX-06", r'r"(?i)\w*determinis\w*"', r'r"no such word"', 4, ["determinism must be understood"]),
     # DBOS takes as many lines.
