@@ -226,6 +226,33 @@ def numbers(line: str) -> list[str]:
     return [one for one in re.findall(r"(?<![\w.-])\d+(?:[.,]\d+)*", bare) if len(re.sub(r"\D", "", one)) > 1]
 
 
+def version_row(record: Record, other: Record) -> list[str]:
+    """What the table of versions says of one: as many stars as today, more, fewer, not run, inconclusive, by item."""
+    kinds: dict[str, list[str]] = {kind: [] for kind in ("same", "more", "fewer", "not_run", "inconclusive")}
+    for id, item in record.items.items():
+        there = other.items[id]
+        if there["stars"] is None or item["stars"] is None:
+            kinds[there["outcome"] if there["stars"] is None else "more"].append(id)
+        else:
+            way = (there["stars"] > item["stars"]) - (there["stars"] < item["stars"])
+            kinds[("same", "more", "fewer")[way]].append(id)
+    lists = [f"{len(ids)}: {', '.join(ids)}" if ids else "0" for kind, ids in kinds.items() if kind != "same"]
+    return [str(len(kinds["same"])), *lists]
+
+
+def wrong_versions(report: str, record: Record) -> Iterable[str]:
+    """Rows of the table of versions that do not say what is counted from the records of those versions."""
+    said = {row[0]: row[1:] for row in rows(report, r"SDK [\d.]+, Server [\d.]+") if len(row) == 6}
+    counted = {}
+    for other in record.others.values():
+        there = other.categories[0]["environment"]
+        counted[f"SDK {there['sdk']}, Server {there['server']}"] = version_row(record, other)
+    yield from (
+        f"{one}: {said.get(one)}, but counted {counted[one]}" for one in counted if said.get(one) != counted[one]
+    )
+    yield from (f"{one}: there is no record" for one in said if one not in counted)
+
+
 def category_row(category: Mapping[str, Any]) -> list[str]:
     """What the summary says of a category behind its name: items, mean, good, insufficient, inconclusive, not run."""
     outcomes = collections.Counter(item["outcome"] for item in category["items"])

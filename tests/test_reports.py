@@ -22,6 +22,7 @@ from reports import (
     wrong_overview,
     wrong_prose,
     wrong_states,
+    wrong_versions,
 )
 
 RECORD = load(ROOT / "results")
@@ -44,6 +45,7 @@ def problems(name: str, text: str, record: Record) -> list[str]:
         *wrong_counts(text, record),
         *wrong_states(text, record, states),
         *wrong_comparison(text, record),
+        *wrong_versions(text, record),
     ]
 
 
