@@ -167,7 +167,7 @@ def wrong_items(report: str, record: Record) -> Iterable[str]:
         for quote in quotes(text):
             if not occurs(quote, record.words[id]):
                 yield f"{id}: `{quote}` is not in its evidence"
-        for number in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", re.sub(r"`[^`]*`|[A-Z]{2}-\d\d", "", text)):
+        for number in re.findall(r"(?<![A-Za-z0-9_.-])\d+(?:\.\d+)?", re.sub(r"`[^`]*`|[A-Z]{2}-\d\d", "", text)):
             if not occurs(number, record.words[id]):
                 yield f"{id}: {number} is not in its evidence"
 
@@ -215,7 +215,8 @@ def wrong_prose(report: str, record: Record) -> Iterable[str]:
             every = [record, *record.others.values()]
             texts = [record.systems, *(one.environment for one in every)]
             texts += [one.words[id] for one in every for id in named if id in one.words]
-            lost = [one for one in numbers(line) if not any(occurs(one, text) for text in texts)]
+            lost = [one for one in numbers(line) if not any(occurs(one.replace(",", ""), text) for text in texts)]
+            lost = [one for one in lost if not any(occurs(one, text) for text in texts)]
             yield from (f"{heading}: {one} is not recorded" for one in lost)
 
 
@@ -223,7 +224,7 @@ def numbers(line: str) -> list[str]:
     """The plain numbers of two digits or more in a line: no code, item, link, day, version, or place in a list."""
     bare = re.sub(r"`[^`]*`|\[[^]]*\]\([^)]*\)|[A-Z]{2}-\d\d|\d{4}-\d\d-\d\d|\d+\.\d+\.\d+|^\d+\. ", "", line)
     bare = re.sub(r"(?:Python|SDK|Server|RMF|MAP|MEASURE|MANAGE|GOVERN) ?\d+(?:\.\d+)*", "", bare)
-    return [one for one in re.findall(r"(?<![\w.-])\d+(?:[.,]\d+)*", bare) if len(re.sub(r"\D", "", one)) > 1]
+    return [one for one in re.findall(r"(?<![A-Za-z0-9_.-])\d+(?:[.,]\d+)*", bare) if len(re.sub(r"\D", "", one)) > 1]
 
 
 def version_row(record: Record, other: Record) -> list[str]:
