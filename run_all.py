@@ -32,6 +32,7 @@ from harness.settings import (
     mask_streams,
     masked,
     name_profile,
+    unused_settings,
     user_settings,
 )
 from lab import Guard, make_folder
@@ -514,6 +515,8 @@ async def main(options: argparse.Namespace) -> int:
     signal_number = signal.SIGTERM
     try:
         board.open()
+        for words in unused_settings():
+            board.line(words)
         work = asyncio.create_task(run_scripts(scripts, board, options))
         either: set[asyncio.Future[Any]] = {work, stopped}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

@@ -88,6 +88,11 @@ KNOWN = (
     *OF_THE_SDK,
 )  # fmt: skip
 HEADER = "TEMPORAL_GRPC_META_"
+# What changes how libraries and programs behave, whatever it is good for elsewhere: no verdict may hang on it.
+ALTERING = (
+    *OF_THE_SDK, "OTEL_", "OPENAI_AGENTS_", "LANGSMITH_", "LANGCHAIN_", "LOGFIRE_", "PROMETHEUS_MULTIPROC_DIR", "GRPC_",
+    "NODE_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "PYTHONASYNCIODEBUG", "GODEBUG",
+)  # fmt: skip
 # What other tools call a setting that has another name here.
 FOREIGN = (
     (r"TEMPORAL_(CLI_|GRPC_|SERVER_|FRONTEND_|TARGET_|CLUSTER_)?(HOST|URL|URI|ENDPOINT|ADDR|ADDRESS|HOSTPORT|TARGET|SERVER)"
@@ -124,6 +129,7 @@ def load_settings(path: Path | None = None) -> None:
             os.environ[name] = value
     for name in ("TEMPORAL_ENV", "TEMPORAL_ENV_FILE"):  # of the CLI's own files, see CLI_ALONE
         os.environ.pop(name, None)
+    LEFT_OUT.extend(leave_out_what_alters())
     _spell_as_now()
     keep_loopback_direct()
     forget_secrets()
@@ -241,6 +247,20 @@ def profile_file() -> Path:
     return folder / "temporalio" / "temporal.toml"
 
 
+def leave_out_what_alters() -> list[str]:
+    """Take away what of the environment changes how libraries behave, here and in every process started from here.
+
+    Returns the names. Some libraries read them when they are imported, so this comes before.
+    """
+    names = [name for name in os.environ if name.startswith(ALTERING)]
+    for name in names:
+        del os.environ[name]
+    return names
+
+
+LEFT_OUT = leave_out_what_alters()
+
+
 def unused_profile() -> str | None:
     """A sentence about a file of profiles that exists and was not named, so that nobody wonders; or None."""
     with contextlib.suppress(OSError, RuntimeError):
@@ -252,7 +272,12 @@ def unused_profile() -> str | None:
 def unused_settings() -> list[str]:
     """What was given and is not used, a sentence each."""
     codec = "A codec server is named, and not asked: what the evaluation writes is not encoded."
-    return [words for words in (unused_profile(), codec if "TEMPORAL_CODEC_ENDPOINT" in os.environ else None) if words]
+    altering = f"Left out here, since no verdict may hang on it: {', '.join(LEFT_OUT)}."
+    return [
+        *([profile] if (profile := unused_profile()) else []),
+        *([codec] if "TEMPORAL_CODEC_ENDPOINT" in os.environ else []),
+        *([altering] if LEFT_OUT else []),
+    ]
 
 
 def profile_is_named() -> bool:

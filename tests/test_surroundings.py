@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, evaluate, run, tiny
 from servers import connect_proxy, given_server
 from test_bad_input import refused
+from test_run_all import project
 
 pytestmark = pytest.mark.all
 
@@ -302,6 +303,34 @@ def test_a_misspelt_name_in_dotenv(tmp_path: Path, name: str, right: str) -> Non
 @pytest.mark.parametrize(("name", "right"), NAMES)
 def test_a_misspelt_name_in_the_environment(name: str, right: str) -> None:
     assert right in refused(**{name: "a.test:1"})
+
+
+ALTERING = {
+    "TEMPORAL_DEBUG": "1",  # no deadlock is noticed then
+    "OTEL_SDK_DISABLED": "true",
+    "OTEL_TRACES_SAMPLER": "always_off",
+    "OTEL_RESOURCE_ATTRIBUTES": "service.name=another",
+    "LANGSMITH_TRACING": "true",
+    "PROMETHEUS_MULTIPROC_DIR": "/nowhere",
+    "JAVA_TOOL_OPTIONS": "-Dnothing=1",
+    "PYTHONASYNCIODEBUG": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "item", "stars"),
+    [("01_ex_execution_semantics.py", "EX-05", 4), ("09_ob_observability.py", "OB-04", 4)],
+)
+def test_what_alters_libraries_is_left_out_and_told(tmp_path: Path, script: str, item: str, stars: int) -> None:
+    verdicts = evaluate(ROOT / script, tmp_path, item, env=ALTERING)
+    assert verdicts.stars(item) == stars, verdicts.out
+    said = " ".join(verdicts.out.split())
+    assert all(name in said for name in ALTERING), verdicts.out
+
+
+def test_run_all_tells_what_it_leaves_out(tmp_path: Path) -> None:
+    done = run(project(tmp_path, _01_aa="TT-01"), cwd=tmp_path, env={"OTEL_SDK_DISABLED": "true"})
+    assert "OTEL_SDK_DISABLED" in done.stdout
 
 
 def test_what_belongs_to_others_is_left_alone(server: Server, tmp_path: Path) -> None:
