@@ -212,8 +212,6 @@ def test_a_profile_is_followed_when_it_is_named(tmp_path: Path) -> None:
 
 
 def test_run_all_follows_a_profile_when_it_is_named(tmp_path: Path) -> None:
-    from test_run_all import project
-
     env, command = home(tmp_path, temporal__toml=CLOUD), project(tmp_path, _01_tiny="TT-05")
     done = run(command, "--profile", "prod", cwd=tmp_path, env=env)
     assert (done.returncode, "127.0.0.1:7, namespace prod" in done.stderr) == (2, True)
