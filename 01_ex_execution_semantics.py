@@ -2084,7 +2084,7 @@ REPORTED = "visibility lists the run as a reported problem, and not a healthy on
 
 
 # A setting that no user has: after so many failures in a row a run is a reported problem.
-SOON_REPORTED = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}  # 5
+SOON_REPORTED = {"system.numConsecutiveWorkflowTaskProblemsToTriggerSearchAttribute": "2"}
 
 
 @piece(holds(REPORTED))

@@ -54,12 +54,12 @@ FALLS = [
     Fall("RT-01", 'herd(desk, "equal", "flat", DOWN)', 'herd(desk, "equal", "long", Answer(429, retry_after=2))', 5,
          ["have no jitter"]),
     # No heartbeat timeout: the silence is never noticed.
-    Fall("RT-02", "heartbeat_timeout=seconds(limits.heartbeat)", "heartbeat_timeout=None", 2, ["falls silent"]),
+    Fall("RT-02", "heartbeat_timeout=span(limits.heartbeat)", "heartbeat_timeout=None", 2, ["falls silent"]),
     # No limit to the wait for a worker.
-    Fall("RT-02", "schedule_to_start_timeout=seconds(limits.schedule_to_start)", "schedule_to_start_timeout=None", 2,
+    Fall("RT-02", "schedule_to_start_timeout=span(limits.schedule_to_start)", "schedule_to_start_timeout=None", 2,
          ["no worker takes"]),
     # Clocks that are fast.
-    Fall("RT-02", "clock.set(limit, nobody)", "clock.set(limit / 2, nobody)", 1,
+    Fall("RT-02", "clock.set(bound, nobody)", "clock.set(bound / 2, nobody)", 1,
          ["takes too long:", "too long together", "no worker takes", "falls silent"]),
     # No room to spare.
     Fall("RT-02", "FAR = 300.0", "FAR = 1.0", None),
