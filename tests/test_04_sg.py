@@ -120,16 +120,16 @@ SG_02 = [
     Fall("SG-02", "get_update_handle(bill.number", "get_update_handle(handle.id", 3, ["a client that never saw it"]),
 ]  # fmt: skip
 
-REUSE = "task_queue=task_queue, id_reuse_policy=reuse"
 BROKER = [
     # A message that is delivered again may start a second run; or may not where it should.
-    Fall("SG-03", REUSE, REUSE[:-5] + "WorkflowIDReusePolicy.ALLOW_DUPLICATE", 3, ["makes no second run"]),
-    Fall("SG-03", REUSE, REUSE[:-5] + "WorkflowIDReusePolicy.REJECT_DUPLICATE", None),
+    Fall("SG-03", "task_queue=task_queue, id_reuse_policy=ONE_RUN", "task_queue=task_queue", 3,
+         ["makes no second run"]),
+    Fall("SG-03", "input.id_reuse_policy = WorkflowIDReusePolicy.ALLOW_DUPLICATE", "pass", None),
     # A consumer that is not killed proves nothing of redelivery.
     Fall("SG-03", "dies_at=numbers[2]", 'dies_at=""', None),
     # A consumer that is there from the beginning.
     Fall("SG-03", "    await ended(await lab.start(Fulfilment.run, Order(f\"{lab.id}-other\"",
-         "    await consume(lab.client, replace(topic, dies_at=''), lab.task_queue, reuse)\n"
+         "    await consume(lab.client, replace(topic, dies_at=''), lab.task_queue)\n"
          "    await ended(await lab.start(Fulfilment.run, Order(f\"{lab.id}-other\"", None),
 ]  # fmt: skip
 SG_03 = [
@@ -137,8 +137,8 @@ SG_03 = [
     Fall("SG-03", '[f"signal {number}"', '[f"signal {number % 19}"', 3, ["concurrent signal-with-starts"]),
     # Signals wait for a workflow to be started, where they should be refused.
     Fall(
-        "SG-03", 'await sent(handle.signal(Fulfilment.add, "lost"))',
-        'await sent(add_or_start(lab.client, Order(f"{lab.id}-nobody"), "lost", lab.task_queue))', None,
+        "SG-03", 'await said(handle.signal(Fulfilment.add, "lost"))',
+        'await said(add_or_start(lab.client, Order(f"{lab.id}-nobody"), "lost", lab.task_queue))', None,
     ),
     # The run that the HTTP API speaks of is not the one that ran.
     Fall("SG-03", 'return answer["runId"]', "return id", 2, ["an HTTP POST"]),
