@@ -39,6 +39,7 @@ from harness.given import between as stranger
 from lab import (
     TUNED,
     Call,
+    Handle,
     Lab,
     count_events,
     ended,
@@ -363,7 +364,7 @@ class Walker:
     """A run of Walk, and what the ledger has of its steps."""
 
     lab: Lab
-    handle: WorkflowHandle[Any, Any]
+    handle: Handle
     watched: bool = True
     # By their way, turns of steps that were not taken once and in order.
     wrong: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -1140,7 +1141,7 @@ class Outcome:
     seconds: float
 
 
-async def outcome_of(handle: WorkflowHandle[Any, Any], begun: float) -> Outcome:
+async def outcome_of(handle: Handle, begun: float) -> Outcome:
     """Wait until a run has ended, or until its workflow task failed and is tried again."""
 
     async def decided() -> bool:
@@ -1155,7 +1156,7 @@ async def outcome_of(handle: WorkflowHandle[Any, Any], begun: float) -> Outcome:
     return Outcome(status, answer, await stuck_on(handle), seconds)
 
 
-async def stuck_on(handle: WorkflowHandle[Any, Any]) -> str:
+async def stuck_on(handle: Handle) -> str:
     """Why the latest failed workflow task of a run failed, or "" when none did."""
     for event in reversed((await handle.fetch_history()).events):
         if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED:
@@ -1569,7 +1570,7 @@ class Relay:
         ):  # fmt: skip
             yield cls(lab, client, queue)
 
-    async def start(self, run: Any, data: object) -> WorkflowHandle[Any, Any]:
+    async def start(self, run: Any, data: object) -> Handle:
         id = f"{self.queue}-{uuid.uuid4().hex[:8]}"
         return await self.client.start_workflow(run, data, id=id, task_queue=self.queue, task_timeout=PATIENT)
 
@@ -1588,7 +1589,7 @@ class Relay:
 class Sent:
     """What became of data that was sent: after how long, whether it arrived whole everywhere, bytes of history."""
 
-    handle: WorkflowHandle[Any, Any]
+    handle: Handle
     seconds: float
     whole: bool
     history: int
@@ -1861,9 +1862,7 @@ async def confide(lab: Lab, target: Target, name: str, before: DataConverter, af
     secret, queue = f"{name}-{secrets.token_hex(16)}", f"{lab.id}-{name}"
     worker = functools.partial(lab.worker, [Confide], [whisper, blurt], task_queue=queue)
     client = await connect(target, data_converter=before)
-    handle: WorkflowHandle[Any, Any] = await client.start_workflow(
-        Confide.run, Confidence(secret), id=queue, task_queue=queue
-    )
+    handle: Handle = await client.start_workflow(Confide.run, Confidence(secret), id=queue, task_queue=queue)
 
     async def failed() -> bool:
         events = await count_events(handle)

@@ -44,6 +44,7 @@ from lab import (
     Books,
     Call,
     Child,
+    Handle,
     Lab,
     Server,
     count_events,
@@ -1095,7 +1096,7 @@ async def tour(lab: Lab, by: Manager, client: Client) -> dict[str, Any]:
     return found
 
 
-async def first_decision(handle: WorkflowHandle[Any, Any]) -> int:
+async def first_decision(handle: Handle) -> int:
     """The number of the first completed workflow task, to which a run can be reset."""
     events = await history_of(handle)
     return next(int(one["eventId"]) for one in events if one["eventType"] == "EVENT_TYPE_WORKFLOW_TASK_COMPLETED")
@@ -1421,7 +1422,7 @@ class Tagged:
         await workflow.wait_condition(lambda: False)
 
 
-async def two_tagged(lab: Lab, client: Client) -> list[WorkflowHandle[Any, Any]]:
+async def two_tagged(lab: Lab, client: Client) -> list[Handle]:
     """Two runs, a and b, with attributes of all kinds; returns when visibility has both whole."""
     handles = []
     for number, name in enumerate("ab", 1):
@@ -2473,7 +2474,7 @@ class Warehouse:
         client, prefix = await self.region.connect(retry_config=RETRY), f"{self.lab.id}-{name}"
         queue = queue or prefix
         start = functools.partial(client.start_workflow, Shipment.run, Order(10, queue), task_queue=queue)
-        handles: list[WorkflowHandle[Any, Any]] = []
+        handles: list[Handle] = []
         hurting = asyncio.ensure_future(hurt()) if hurt else None
         while len(handles) < shipments or (hurting and not hurting.done()):
             id = f"{prefix}-{len(handles)}"
@@ -2676,7 +2677,7 @@ async def leave(client: Client, lab: Lab, name: str) -> WorkflowHandle[Visit, st
     return handle
 
 
-async def traces(client: Client, handle: WorkflowHandle[Any, Any]) -> list[str]:
+async def traces(client: Client, handle: Handle) -> list[str]:
     """What is left of a workflow: its description, its history, its place in visibility."""
     left = ["description"] if not await refusal(handle) else []
     try:
@@ -2691,7 +2692,7 @@ async def traces(client: Client, handle: WorkflowHandle[Any, Any]) -> list[str]:
 WHOLE = ["description", "history", "visibility"]
 
 
-async def disappears(client: Client, handle: WorkflowHandle[Any, Any]) -> dict[str, float]:
+async def disappears(client: Client, handle: Handle) -> dict[str, float]:
     """When each trace of a workflow was seen to be gone, by the clock that the server stamps its events with.
 
     A trace that stays is not in the answer.
@@ -2720,7 +2721,7 @@ async def short_namespace(client: Client) -> Client:
         raise
 
 
-async def whole(client: Client, handle: WorkflowHandle[Any, Any]) -> bool:
+async def whole(client: Client, handle: Handle) -> bool:
     return await traces(client, handle) == WHOLE
 
 
@@ -2872,11 +2873,11 @@ UNREADABLE = ("NOT_FOUND", "INVALID_ARGUMENT")  # the latter where the namespace
 UNARCHIVED: Mapping[str, Any] = dict.fromkeys(STATES, ArchivalState.ARCHIVAL_STATE_DISABLED)
 
 
-async def is_unlisted(client: Client, handle: WorkflowHandle[Any, Any]) -> bool:
+async def is_unlisted(client: Client, handle: Handle) -> bool:
     return "description" not in await traces(client, handle)
 
 
-async def reads(handle: WorkflowHandle[Any, Any]) -> str:
+async def reads(handle: Handle) -> str:
     """How many events a history has, or with which status it is refused."""
     try:
         return f"{len((await handle.fetch_history()).events)} events"
@@ -3270,7 +3271,7 @@ async def replicates(lab: Lab, cluster: Cluster, own: Client) -> list[Evidence]:
     ]
 
 
-async def is_there(handle: WorkflowHandle[Any, Any]) -> bool:
+async def is_there(handle: Handle) -> bool:
     return not await refusal(handle)
 
 
@@ -3339,10 +3340,10 @@ class Loss:
         ]
         return {"starts": starts, "signals": numbers}
 
-    def at_b(self, handle: WorkflowHandle[Any, Any]) -> WorkflowHandle[Any, Any]:
+    def at_b(self, handle: Handle) -> Handle:
         return self.in_b.get_workflow_handle(handle.id)
 
-    async def numbers(self, handle: WorkflowHandle[Any, Any]) -> list[int]:
+    async def numbers(self, handle: Handle) -> list[int]:
         history = await self.at_b(handle).fetch_history()
         inputs = [one.workflow_execution_signaled_event_attributes.input.payloads for one in history.events]
         return [json.loads(one[0].data) for one in inputs if one]
@@ -3631,7 +3632,7 @@ OPEN_DOORS = "namespaces separate, they do not guard: the server asks nobody who
 FORGED = "whoever acts is in the history by the name that they give themselves, and by no other"
 
 
-async def forged(client: Client, target: WorkflowHandle[Any, Any]) -> dict[str, str]:
+async def forged(client: Client, target: Handle) -> dict[str, str]:
     """Signal as somebody else. Returns what the history then has: the name given, and the name in the token."""
     await target.signal("enter", "x")
     history = await client.get_workflow_handle(target.id).fetch_history()

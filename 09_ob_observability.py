@@ -33,6 +33,7 @@ from common import (
 )
 from lab import (
     Child,
+    Handle,
     Lab,
     Server,
     count_events,
@@ -230,7 +231,7 @@ class Plain(Interceptor):
         return Entered
 
 
-async def repeated_tasks(*handles: WorkflowHandle[Any, Any]) -> int:
+async def repeated_tasks(*handles: Handle) -> int:
     """How many workflow tasks failed or timed out, as happens on a machine that is too busy.
 
     What such a task has logged or counted comes once more when it is tried again. That is no replay.
@@ -243,7 +244,7 @@ async def server_version(client: Client) -> str:
     return (await client.workflow_service.get_system_info(GetSystemInfoRequest())).server_version
 
 
-async def waits(handle: WorkflowHandle[Any, Any]) -> bool:
+async def waits(handle: Handle) -> bool:
     """Whether a run has had its first activity, and its last event is a completed workflow task."""
     events = await history_of(handle)
     return bool(event_times(events, "ACTIVITY_TASK_COMPLETED")) and events[-1]["eventType"].endswith(
@@ -580,7 +581,7 @@ async def beside_a_cluster(lab: Lab) -> list[Evidence]:
         return [shown, await in_a_browser(ui, *runs)]
 
 
-async def in_a_browser(ui: WebUI, well: WorkflowHandle[Any, Any], failed: WorkflowHandle[Any, Any]) -> Evidence:
+async def in_a_browser(ui: WebUI, well: Handle, failed: Handle) -> Evidence:
     try:
         from playwright.async_api import Page, async_playwright
     except ImportError:
@@ -802,7 +803,7 @@ class Market:
         ):
             yield port
 
-    async def start(self, run: Any, *arguments: Any, queue: str, name: str = "") -> WorkflowHandle[Any, Any]:
+    async def start(self, run: Any, *arguments: Any, queue: str, name: str = "") -> Handle:
         return await self.lab.start(
             run, *arguments, name=f"{queue}-{name}", server=self.server, task_queue=self.queue(queue)
         )
@@ -1267,7 +1268,7 @@ def off_scale(found: Sequence[Bar], lines: Sequence[str]) -> float:
     return max(off)
 
 
-async def exported(handle: WorkflowHandle[Any, Any]) -> tuple[WorkflowHistory, list[Bar]]:
+async def exported(handle: Handle) -> tuple[WorkflowHistory, list[Bar]]:
     history = await handle.fetch_history()
     return history, bars(json.loads(history.to_json())["events"])
 
@@ -1402,7 +1403,7 @@ async def every_kind(lab: Lab) -> list[Evidence]:
     ]  # fmt: skip
 
 
-async def scheduled(handle: WorkflowHandle[Any, Any]) -> bool:
+async def scheduled(handle: Handle) -> bool:
     return bool(event_times(await history_of(handle), "ACTIVITY_TASK_SCHEDULED"))
 
 
@@ -2092,7 +2093,7 @@ class Plant:
             connect_options=partial(with_metrics, self.ports[number]),
         )
 
-    async def start(self, run: Any, *arguments: Any, name: str, queue: int = 0) -> WorkflowHandle[Any, Any]:
+    async def start(self, run: Any, *arguments: Any, name: str, queue: int = 0) -> Handle:
         return await self.lab.start(run, *arguments, name=name, server=self.server, task_queue=self.queue(queue))
 
     async def deliver(self, name: str, parcels: int = 6) -> list[str]:
@@ -2354,9 +2355,7 @@ async def resolved(watch: Watch, *alerts: str) -> float:
     return took
 
 
-async def mended(
-    plant: Plant, watch: Watch | None, alive: Child, broken: Sequence[WorkflowHandle[Any, Any]]
-) -> list[Evidence]:
+async def mended(plant: Plant, watch: Watch | None, alive: Child, broken: Sequence[Handle]) -> list[Evidence]:
     """First a worker comes back, and then the courier does and the bug is mended."""
     failures, stuck, missing, tasks = plant.expected()
     facts: dict[str, Any] = {}
@@ -2606,7 +2605,7 @@ def logged(stream: str, **fields: Any) -> list[dict[str, Any]]:
     return [line for line in lines if fields.items() <= line.items()]
 
 
-async def visits(lab: Lab, stream: str) -> list[WorkflowHandle[Any, Any]]:
+async def visits(lab: Lab, stream: str) -> list[Handle]:
     """Three workflows, over a worker that is killed and its successor."""
     async with logging_worker(lab, lab.task_queue, stream) as worker:
         handles = [await lab.start(Welcome.run, name, name=name) for name in VISITORS]

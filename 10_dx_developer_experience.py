@@ -35,6 +35,7 @@ from harness.lesson import copy_of
 from harness.settings import CLI_ALONE, cli_environment
 from lab import (
     Child,
+    Handle,
     Lab,
     Server,
     count_events,
@@ -909,7 +910,7 @@ async def example_dx_03(client: Client) -> None:
 # DX-03 put to the test -------------------------------------------------------------------------------
 
 
-async def say_hello(lab: Lab, server: Server, name: str) -> WorkflowHandle[Any, Any]:
+async def say_hello(lab: Lab, server: Server, name: str) -> Handle:
     """Greet somebody on this server. The workflow's id is the same on each."""
     async with lab.worker([Hello], [greet], server=server):
         handle = await lab.start(Hello.run, name, name="hello", server=server)
@@ -917,7 +918,7 @@ async def say_hello(lab: Lab, server: Server, name: str) -> WorkflowHandle[Any, 
     return handle
 
 
-async def what_is_left(handle: WorkflowHandle[Any, Any]) -> str:
+async def what_is_left(handle: Handle) -> str:
     refused = await refusal(handle)
     return refused or str(await handle.result())
 
@@ -1346,7 +1347,7 @@ async def skipping_time(lab: Lab) -> list[Evidence]:
     ]
 
 
-async def timer_started(handle: WorkflowHandle[Any, Any]) -> bool:
+async def timer_started(handle: Handle) -> bool:
     return bool(event_times(await history_of(handle), "TIMER_STARTED"))
 
 
@@ -1746,13 +1747,13 @@ async def play(lab: Lab, setting: Setting, name: str, places: Sequence[str] = ()
     return seen
 
 
-async def waits(handle: WorkflowHandle[Any, Any]) -> bool:
+async def waits(handle: Handle) -> bool:
     """Whether its activity is done and nothing is under way: a task that the leaving worker takes along would last."""
     done = await count_events(handle)
     return done["ACTIVITY_TASK_COMPLETED"] > 0 and done["WORKFLOW_TASK_COMPLETED"] > 1
 
 
-async def look_around(lab: Lab, handle: WorkflowHandle[Any, Any], seen: Seen, setting: Setting, log: LogReader) -> None:
+async def look_around(lab: Lab, handle: Handle, seen: Seen, setting: Setting, log: LogReader) -> None:
     """Note what is to be seen now: by the lesson's look, in the result, and in the log."""
     found = await look_at(lab.client, handle.id)
     seen.end = found.status

@@ -38,6 +38,7 @@ from common import (
 from lab import (
     Child,
     Ending,
+    Handle,
     Lab,
     Nursery,
     Server,
@@ -139,8 +140,6 @@ if not workflow.unsafe.in_sandbox():
         LANGCHAIN_TRACING_V2="false",
         OTEL_SDK_DISABLED="true",
     )
-
-Handle = WorkflowHandle[Any, Any]
 
 
 # AI-01 LLM call as activity --------------------------------------------------------------------------
@@ -1325,7 +1324,7 @@ async def in_crowds(lab: Lab, bureau: Bureau) -> list[Evidence]:
     ]
     # A client with the defaults sends again for ten seconds what is refused like this.
     impatient = await connect(lab.target, retry_config=RetryConfig(max_retries=1, max_elapsed_time_millis=1))
-    direct: WorkflowHandle[Any, Any] = impatient.get_workflow_handle(answers.id)
+    direct: Handle = impatient.get_workflow_handle(answers.id)
     told = [await sent(accepted(direct, Message(f"{answers.id}/{n}", "Hello?"))) for n in range(CROWD)]
     messages = [Message(f"{queues.id}/{n}", "Hello?") for n in range(CROWD)]
     places = await asyncio.gather(*(sent(queues.execute_update(Assistant.bring, one)) for one in messages))

@@ -125,7 +125,7 @@ FALLS = [
     # The healthy run is stuck, too.
     Fall("CP-04", '("healthy", {"home": "Old Street"})', '("healthy", {})', 3, ["stuck in its own code"]),
     # Every running run counts as stuck.
-    Fall("CP-04", "if pending.attempt >= attempts:", "if pending.attempt >= 0:", 3, ["one that waits is not"]),
+    Fall("CP-04", "if latest.attempt >= attempts:", "if latest.attempt >= 0:", 3, ["one that waits is not"]),
     # What was driven again stays among the dead letters.
     Fall("CP-04", "if not described.workflow_extended_info.reset_run_id:", "if described:", 2,
          ["one batch drives them again"]),
