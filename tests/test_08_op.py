@@ -104,10 +104,10 @@ ON_A_CLUSTER = [
     # Both namespaces have an archive.
     Fall("OP-05", '"lost", short_time(), **UNARCHIVED', '"lost", short_time(), **STATES', None),
     # Region a lives.
-    Fall("OP-06", "self.local = await self.a.client", "self.local = await self.b.client", None),
+    Fall("OP-06", 'name="local", client=self.a.client', 'name="local", client=self.b.client', None),
     # Signals that are there twice.
-    Fall("OP-06", "for number, times in Counter(numbers).items()",
-         "for number, times in Counter(numbers * 2).items()", 3,
+    Fall("OP-06", "in repeated(numbers)]",
+         "in repeated(numbers * 2)]", 3,
          ["nothing is there twice"]),
     # The writer may only read.
     Fall("OP-07", 'token("red:write", subject="will")', 'token("red:read", subject="will")', 3, ["a token permits"]),
