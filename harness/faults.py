@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +233,20 @@ class Outside(Interceptor):
         return Shortened if shortened else None
 
 
+SHIELDS: list[AbstractContextManager[None]] = []
+
+
+def spare_the_thread() -> None:
+    """Keep a cancellation that comes from here on out of the thread in which an activity has run.
+
+    Before SDK 1.31 it is raised there although the thread serves another call by then, or waits for one: so it dies, and
+    its pool, which does not know, leaves another call without a thread (sdk-python issue 1648). Only an interceptor that
+    is not done with the call, as here, can meet that. The shield stays for good: to take it away raises what it kept off.
+    """
+    SHIELDS.append(activity.shield_thread_cancel_exception())
+    SHIELDS[-1].__enter__()
+
+
 class _Activities(ActivityInboundInterceptor):
     def __init__(self, next: ActivityInboundInterceptor, outside: Outside) -> None:
         super().__init__(next)
@@ -259,6 +274,8 @@ class _Activities(ActivityInboundInterceptor):
             self._note("failed", info, input)
             raise
         self._note("ended", info, input)
+        if faults:
+            spare_the_thread()
         for fault in faults:
             await _after(fault, beat)
         return result
