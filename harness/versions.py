@@ -10,7 +10,7 @@ from harness.settings import NotRun, sdk_version
 import inspect
 import pydoc
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # The first SDK with each name, of those from 1.22.0 on: looked up in every minor release's package.
@@ -75,6 +75,11 @@ def requires(*names: str) -> None:
             raise ValueError(f"since when is {name} there? enter it in harness/versions.py")
         if why := lacks_yet(name):
             raise NotRun(why)
+
+
+def where_there(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that the installed SDK's function takes: for what only grants a slow machine more time."""
+    return {name: one for name, one in options.items() if name in inspect.signature(function).parameters}
 
 
 def met(error: BaseException) -> str | None:
