@@ -1708,16 +1708,13 @@ async def described(lab: Lab, name: str) -> str:
 
 
 async def over_the_limit(lab: Lab, room: Room) -> list[Evidence]:
-    """What comes from inside a workflow: once with the worker's own check of sizes, once without it."""
-    checking, trusting = f"{lab.id}-checking", f"{lab.id}-trusting"
-    ledger = lab.file("over")
-    worker = functools.partial(lab.worker, [TooBig], [swallow, produce], watched=False, interceptors=[Digests(ledger)])
+    """What comes from inside a workflow, past the worker's own check of sizes."""
+    checking, ledger = f"{lab.id}-checking", lab.file("over")
     # What a stranger on the way does not let pass never comes to the server, and the worker tries for ever.
     arrives = room.between is None
     ways = (ARGUMENT, RESULT, ACTIVITY_RESULT, *([TOGETHER] if arrives else []))
-    async with worker(task_queue=checking), worker(task_queue=trusting, disable_payload_error_limit=True):
+    async with too_big_worker(lab, ledger, task_queue=checking):
         found = await asyncio.gather(*(too_big(lab, way, checking, room, room.too_much) for way in ways))
-        others = await asyncio.gather(*(too_big(lab, way, trusting, room, room.refused) for way in ways[:2] if arrives))
     outcomes = dict(zip(ways, found, strict=True))
     result = outcomes[ACTIVITY_RESULT]
     return [
@@ -1730,8 +1727,11 @@ async def over_the_limit(lab: Lab, room: Room) -> list[Evidence]:
         ),
         *(hangs(way, outcomes[way]) for way in (ARGUMENT, RESULT)),
         in_one_message(outcomes.get(TOGETHER), room),
-        unchecked(dict(zip(ways[:2], others, strict=False)), room),
     ]
+
+
+def too_big_worker(lab: Lab, ledger: str, **options: Any) -> Worker:
+    return lab.worker([TooBig], [swallow, produce], watched=False, interceptors=[Digests(ledger)], **options)
 
 
 def hangs(way: str, outcome: Outcome) -> Evidence:
@@ -1763,16 +1763,25 @@ def in_one_message(message: Outcome | None, room: Room) -> Evidence:
     )
 
 
-def unchecked(outcomes: Mapping[str, Outcome], room: Room) -> Evidence:
+UNCHECKED = "with Worker(disable_payload_error_limit=True) the same two are ended by the server and say why"
+NO_CHECK = "temporalio.worker.Worker(disable_payload_error_limit)"
+
+
+@piece(holds(UNCHECKED))
+async def unchecked(lab: Lab, room: Room) -> Evidence:
     """The way out of the hang: the server's check, which comes after the worker's, ends the run."""
-    claim = "with Worker(disable_payload_error_limit=True) the same two are ended by the server and say why"
+    requires(NO_CHECK)
     if room.between:
-        return not_run("holds", claim, room.between)
+        raise NotRun(room.between)
+    queue, ways = f"{lab.id}-trusting", (ARGUMENT, RESULT)
+    async with too_big_worker(lab, lab.file("over-unchecked"), task_queue=queue, disable_payload_error_limit=True):
+        found = await asyncio.gather(*(too_big(lab, way, queue, room, room.refused) for way in ways))
+    outcomes = dict(zip(ways, found, strict=True))
     # A payload that is allowed more than a message is too large as a message first.
     why = "size limit" if room.limit < MESSAGE else "GrpcMessageTooLarge"
     facts: dict[str, Any] = {way: equal(one.status, "TERMINATED") for way, one in outcomes.items()}
     facts |= {f"why the {way.split()[0]} was": contains(one.answer, why) for way, one in outcomes.items()}
-    return holds(claim, **facts)
+    return holds(UNCHECKED, **facts)
 
 
 async def compressed(lab: Lab, room: Room) -> list[Evidence]:
@@ -2106,7 +2115,7 @@ async def payload_size_limits(lab: Lab) -> AsyncIterator[Evidence]:
     """Payloads of growing size, over the limit each way, compressed, encrypted, and kept elsewhere."""
     room = await find_room(lab)
     yield await sizes_that_pass(lab, room)
-    parts = (refused_to_the_caller, over_the_limit, compressed)
+    parts = (refused_to_the_caller, over_the_limit, unchecked, compressed)
     async for evidence in side_by_side(*(part(lab, room) for part in parts), encryption(lab), odd_values(lab)):
         yield evidence
     for evidence in await external_storage(lab, room):
@@ -2117,7 +2126,7 @@ async def payload_size_limits(lab: Lab) -> AsyncIterator[Evidence]:
         (DataConverter, "payload_codec"),
         (DataConverter, "failure_converter_class"),
         DefaultFailureConverterWithEncodedAttributes,
-        (Worker, "disable_payload_error_limit"),
+        NO_CHECK,
         adds=[Compression.__name__, Encryption.__name__],
     )
     storage = native(

@@ -1721,10 +1721,12 @@ async def play(lab: Lab, setting: Setting, name: str, places: Sequence[str] = ()
             async def over() -> bool:
                 # Not only until it shows: whether the run then goes on or hangs is part of the answer.
                 await look_around(lab, handle, seen, setting, log)
-                enough = time.monotonic() > begun + open_for and set(seen.places) >= set(places)
-                return seen.end != "RUNNING" or enough
+                passed = time.monotonic() - begun
+                enough = set(seen.places) >= set(places) or (seen.places and passed > open_for + 30 * slowness())
+                return seen.end != "RUNNING" or bool(passed > open_for and enough)
 
-            # What does not show is told below; it is given time enough for no busy machine to hide it.
+            # What does not show is told below; it is given time enough for no busy machine to hide it, and less of it
+            # where the same is seen elsewhere by then.
             with contextlib.suppress(TimeoutError):
                 await until(over, "it has ended or shows", 120, every=0.4)
             seen.seconds = time.monotonic() - begun
@@ -1764,14 +1766,18 @@ class Played:
         return self.wrong.end == "RUNNING"
 
     def fact(self) -> Fact:
-        """Whether it shows where it should and nowhere else, and is named there."""
+        """Whether it is named, and shows nowhere but where it should."""
         said = " ".join(self.wrong.places.values())
         found = re.search(self.mistake.message, said)
         return Fact(
             f"{one_line(found.group() if found else said, 90)} ({self.wrong.where()}; {self.wrong.end})",
             f"{self.mistake.message} ({' and '.join(self.mistake.places)})",
-            found is not None and set(self.wrong.places) == set(self.mistake.places),
+            found is not None and set(self.wrong.places) <= set(self.mistake.places),
         )
+
+    def missing(self) -> list[str]:
+        """Where it should show, and does not."""
+        return [place for place in self.mistake.places if place not in self.wrong.places]
 
 
 async def play_all(lab: Lab) -> list[Played]:
@@ -1800,6 +1806,11 @@ async def twelve_mistakes(lab: Lab) -> list[Evidence]:
         works(
             f"{len(named)} of {len(played)} typical mistakes are each named by a message of Temporal's own",
             **{one.mistake.what.replace(" ", "_").replace("'", ""): one.fact() for one in named},
+        ),
+        holds(
+            "each of these shows at every place where one looks for it, the worker's log among them",
+            # SDK 1.22 logs nothing of code that was changed under a run.
+            missing=equal({one.mistake.what: one.missing() for one in named if one.missing()}, {}),
         ),
         control(
             "the corrected twin of each ends as it should, and shows nothing anywhere",
