@@ -661,7 +661,8 @@ async def undecodable(branch: Branch) -> Evidence:
         await handle.signal("deposit", "two")
         await put(handle, 3)
         result = await close(handle)
-    told = [one.getMessage() for one in records if handle.id in one.getMessage()]
+    # By the words and not by the run's id, which SDK 1.22 does not tell with them. No other signal here is like that.
+    told = [said for one in records if "Failed deserializing" in (said := one.getMessage())]
     signals = outline(await handle.fetch_history()).splitlines().count("WorkflowExecutionSignaled deposit")
     return limit(
         "a signal whose argument the handler cannot decode is dropped, though its sender saw success",
@@ -669,7 +670,9 @@ async def undecodable(branch: Branch) -> Evidence:
         received=equal(branch.received(handle), [1, 3]),
         result=equal(result, 2),
         failed_workflow_tasks=equal(await failed_tasks(handle), []),
-        the_workers_log=contains((told or ["nothing"])[0].split(" on workflow")[0], "Failed deserializing signal"),
+        the_workers_log=contains(
+            (told or ["nothing"])[0].split(" on workflow")[0].split(", dropping")[0], "Failed deserializing signal"
+        ),
     )
 
 

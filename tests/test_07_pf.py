@@ -121,7 +121,7 @@ FALLS = [
     # What is sent is not too large.
     Fall("PF-03", 'bytes(room.refused), name="refused"', 'b"", name="refused"', 3, ["the caller is refused"]),
     # The worker's own check stays on: the workflows hang.
-    Fall("PF-03", "task_queue=trusting, disable_payload_error_limit=True", "task_queue=trusting", 3,
+    Fall("PF-03", "task_queue=queue, disable_payload_error_limit=True", "task_queue=queue", 3,
          ["the same two are ended"]),
     # What comes from inside a workflow is not too large.
     Fall("PF-03", "way, checking, room, room.too_much)", "way, checking, room, room.passes)", 3,

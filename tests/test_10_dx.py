@@ -55,8 +55,8 @@ FALLS = [
     # The debugger is held up in a worker that is in no debug mode.
     Fall("DX-03", '"debugged", debug=True', '"debugged", debug=False', 3, ["debug mode"]),
     # The workflow task runs out while somebody thinks: it is tried again, and stops once more.
-    Fall("DX-03", "task_queue=queue, task_timeout=PATIENT)\n    async with lab.process(serve",
-         "task_queue=queue, task_timeout=timedelta(seconds=1))\n    async with lab.process(serve", None),
+    Fall("DX-03", "task_queue=queue, task_timeout=PATIENT)\n\n    async def stopped",
+         "task_queue=queue, task_timeout=timedelta(seconds=1))\n\n    async def stopped", None),
     Fall("DX-03", 'greet(name: str) -> str:\n    return f"Hello', 'greet(name: str) -> str:\n    return f"Bye', 1,
          ["from nothing"]),
     # The real activity where the mocked one belongs.
@@ -75,7 +75,7 @@ FALLS = [
     # The worker polls the queue on which the run waits.
     Fall("DX-05", 'Setting(Doubling, queue="-typo")', "Setting(Doubling)", 2, ["on another task queue"]),
     # What is told of pending activities is not looked at.
-    Fall("DX-05", 'if one.HasField("last_failure")', "if not one.activity_type.name", 2, ["named by a message"]),
+    Fall("DX-05", 'if one.HasField("last_failure")', "if not one.activity_type.name", 3, ["at every place"]),
     # The signal is not misspelt.
     Fall("DX-05", 'Setting(WaitsForGo, signal="goo")', 'Setting(WaitsForGo, signal="go")', 4, ["misspelt signal"]),
     # The neighbour's worker does not block, and the control's does.
