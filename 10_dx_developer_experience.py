@@ -1294,6 +1294,11 @@ async def second_generation(binary: str, sent: str) -> list[Any]:
     async with await WorkflowEnvironment.start_time_skipping_v2(
         dev_server_existing_path=binary, dev_server_extra_args=settings, dev_server_startup_timeout=PATIENT
     ) as env:
+        # A server that does not know of it takes the workflow all the same, and would wait for thirty days.
+        probe = await env.client.start_workflow(Dunning.run, Reminder("nobody"), id="probe", task_queue="nobody")
+        first = (await probe.fetch_history()).events[0].workflow_execution_started_event_attributes
+        if not first.HasField("time_skipping_config"):
+            raise NotRun("this server skips no time yet (1.32 does): it drops the setting with which a workflow asks")
         return [await run_dunning(env, "tests", Mailed(sent).send), await try_schedule(env.client)]
 
 

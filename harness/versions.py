@@ -85,18 +85,22 @@ def where_there(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
 def met(error: BaseException) -> str | None:
     """The words of lacks_yet() where an error comes of just such a name: an attribute, a parameter, an import."""
     if isinstance(error, AttributeError):
+        if inspect.ismodule(error.obj):
+            return lacks_yet(f"{error.obj.__name__}.{error.name}")
         owner = error.obj if isinstance(error.obj, type) else type(error.obj)
-        of_module = getattr(error.obj, "__name__", "") if inspect.ismodule(error.obj) else ""
-        return lacks_yet(f"{of_module or f'{owner.__module__}.{owner.__qualname__}'}.{error.name}")
+        return _ends_with(f".{owner.__qualname__}.{error.name}")  # its module is another one in newer SDKs
     if isinstance(error, ImportError):
         said = re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
         return lacks_yet(f"{said[2]}.{said[1]}" if said else str(error.name))
     if isinstance(error, TypeError):
         said = re.search(r"([\w.]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if said:
-            ending = f".{said[1].removesuffix('.__init__')}({said[2]})"
-            return next((why for name in SINCE if name.endswith(ending) and (why := lacks_yet(name))), None)
+            return _ends_with(f".{said[1].removesuffix('.__init__')}({said[2]})")
     return None
+
+
+def _ends_with(ending: str) -> str | None:
+    return next((why for name in SINCE if name.endswith(ending) and (why := lacks_yet(name))), None)
 
 
 def command_lacks(arguments: Sequence[str], errors: str) -> str | None:
