@@ -661,7 +661,12 @@ async def routed(client: Client, deployment: str) -> None:
 
     async def follows() -> bool:
         request = DescribeWorkerDeploymentRequest(namespace=client.namespace, deployment_name=deployment)
-        found = (await client.workflow_service.describe_worker_deployment(request)).worker_deployment_info
+        try:
+            found = (await client.workflow_service.describe_worker_deployment(request)).worker_deployment_info
+        except RPCError as error:
+            if error.status != RPCStatusCode.NOT_FOUND:
+                raise
+            return False  # a server under load has been seen not to find it, for a moment
         if found.routing_config_update_state == RoutingConfigUpdateState.ROUTING_CONFIG_UPDATE_STATE_COMPLETED:
             return True
         # Seen once in 72 switches: the server never reports it completed, though the queue has long followed.

@@ -22,7 +22,6 @@ from common import (
     lacks,
     limit,
     native,
-    not_run,
     piece,
     side_by_side,
     works,
@@ -44,7 +43,6 @@ from lab import (
     happened,
     hold,
     is_closed,
-    lacks_yet,
     listed,
     never_answer,
     note,
@@ -58,6 +56,7 @@ from lab import (
     soon,
     status_of,
     until,
+    where_there,
     withhold,
 )
 
@@ -1233,7 +1232,6 @@ class StepIn:
     why: str = ""  # the path of the field, empty where the event has none
     reason: str = ""
     answer: str | None = None
-    api: str = ""  # of the SDK, where not every version has it
 
     @property
     def claim(self) -> str:
@@ -1246,12 +1244,13 @@ async def by_reset(one: Visit) -> None:
     one.handle = await reset_before(one.lab.client, one.handle, "home", "somebody is at home")
 
 
+# Before SDK 1.28 a cancellation takes no reason.
+REASON = where_there(WorkflowHandle.cancel, reason="order withdrawn")
 STEPS_IN = {
     "cancel": StepIn(
-        "cancel, with a last word for the workflow,", lambda one: one.handle.cancel(reason="order withdrawn"),
+        "cancel, with a last word for the workflow,", lambda one: one.handle.cancel(**REASON),
         "CANCELED", "Workflow cancelled", ["take_back at home, attempt 1"],
-        "workflow_execution_cancel_requested", why="cause", reason="order withdrawn",
-        api="temporalio.client.WorkflowHandle.cancel(reason)",
+        "workflow_execution_cancel_requested", why="cause" if REASON else "", reason="order withdrawn",
     ),
     "terminate": StepIn(
         "terminate, without a last word,", lambda one: one.handle.terminate(reason="parcel lost"),
@@ -1299,29 +1298,23 @@ async def only_event(handle: Handle, kind: str) -> Any:
 
 
 async def from_python(lab: Lab, street: Street) -> list[Evidence]:
-    too_new = {name: reason for name, way in STEPS_IN.items() if (reason := lacks_yet(way.api))}
-    ways = {name: way for name, way in STEPS_IN.items() if name not in too_new}
-    seen = await asyncio.gather(*(step_in(lab, street, *way) for way in ways.items()))
-    who = {f"{name}_by": who for name, (_, who, _) in zip(ways, seen, strict=True)}
-    why = {f"why_{name}": why for name, (_, _, why) in zip(ways, seen, strict=True)}
+    seen = await asyncio.gather(*(step_in(lab, street, *way) for way in STEPS_IN.items()))
+    who = {f"{name}_by": who for name, (_, who, _) in zip(STEPS_IN, seen, strict=True)}
+    why = {f"why_{name}": why for name, (_, _, why) in zip(STEPS_IN, seen, strict=True)}
     me, reset_by = lab.client.identity, who.pop("reset_by")
-    missing = [not_run("works", STEPS_IN[name].claim, reason) for name, reason in too_new.items()]
-    return (
-        [evidence for evidence, _, _ in seen]
-        + missing
-        + [
-            holds(
-                "the history says who cancelled, terminated, signalled and updated, and why where a reason is taken",
-                **{name: equal(one, me) for name, one in who.items()},
-                **{f"why_{name}": equal(why[f"why_{name}"], way.reason) for name, way in ways.items() if way.why},
-            ),
-            limit(
-                "who reset a run is not in the history, although the request named them",
-                in_the_request=me,
-                in_the_history=equal(reset_by, "history-service"),
-            ),
-        ]
-    )
+    return [
+        *(evidence for evidence, _, _ in seen),
+        holds(
+            "the history says who cancelled, terminated, signalled and updated, and why where a reason is taken",
+            **{name: equal(one, me) for name, one in who.items()},
+            **{f"why_{name}": equal(why[f"why_{name}"], way.reason) for name, way in STEPS_IN.items() if way.why},
+        ),
+        limit(
+            "who reset a run is not in the history, although the request named them",
+            in_the_request=me,
+            in_the_history=equal(reset_by, "history-service"),
+        ),
+    ]
 
 
 async def forged(lab: Lab, street: Street) -> Evidence:
