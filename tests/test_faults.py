@@ -2,12 +2,14 @@
 
 from common import connect
 from harness.faults import Call, Fault, Outside, calls_in, die, fail, hold, never_answer, refuse, slow, withhold
-from lab import Server, make_worker, outline
+from lab import Server, make_worker, outline, until
 
 import asyncio
 import contextlib
 import pickle
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ from servers import given_server
 from temporalio import activity, workflow
 from temporalio.client import WorkflowFailureError, WorkflowHistory
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ActivityError, ApplicationError
 
 
 @dataclass
@@ -137,6 +139,45 @@ MEETS: Sequence[tuple[Fault, bool]] = [
     (withhold("deliver", "gate", number=3), True),
     (never_answer("deliver", times=1), False),
 ]
+
+
+@activity.defn
+def knock(number: int) -> str:
+    return f"knocked at {number} in {threading.current_thread().name}"
+
+
+@workflow.defn
+class Knocking:
+    """Cancelled during its first call, it makes a second one."""
+
+    @workflow.run
+    async def run(self) -> str:
+        options: Any = {
+            "start_to_close_timeout": timedelta(minutes=5),
+            "heartbeat_timeout": timedelta(minutes=1),
+            "cancellation_type": workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+        }
+        try:
+            return await workflow.execute_activity(knock, 1, **options)
+        except ActivityError:
+            return await workflow.execute_activity(knock, 2, **options)
+
+
+def test_a_call_cancelled_after_it_has_returned_leaves_its_thread_alone(server: Server, tmp_path: Path) -> None:
+    """A pool of one thread must serve another call (before SDK 1.31 that thread would be dead)."""
+    outside = Outside(str(tmp_path / "calls"), [never_answer("knock", 1)])
+
+    async def knocked() -> str:
+        client = await connect(server.target)
+        parts: Any = {"interceptors": [outside], "max_heartbeat_throttle_interval": timedelta(milliseconds=100)}
+        pool = ThreadPoolExecutor(1)
+        async with make_worker(client, "door", [Knocking], [knock], activity_executor=pool, **parts):
+            handle = await client.start_workflow(Knocking.run, id="door", task_queue="door")
+            await until(lambda: [call for call in calls_in(outside.ledger) if call.what == "ended"], "it has returned")
+            await handle.cancel()
+            return str(await asyncio.wait_for(handle.result(), 60))
+
+    assert asyncio.run(knocked()).startswith("knocked at 2")
 
 
 @pytest.mark.parametrize(("fault", "met"), MEETS)
