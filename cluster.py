@@ -509,7 +509,7 @@ class Cluster:
         restore: Path | None = None,
         port: int | None = None,
         settings: Mapping[str, Any] | None = None,
-        server: str = SERVER,
+        server: str | None = None,
         stores: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.programs = find_programs(server)

