@@ -87,6 +87,7 @@ from temporalio.api.workflowservice.v1 import (
     DescribeTaskQueueRequest,
     DescribeWorkerDeploymentRequest,
     DescribeWorkerDeploymentVersionRequest,
+    GetSystemInfoRequest,
     SetWorkerDeploymentCurrentVersionRequest,
     SetWorkerDeploymentRampingVersionRequest,
 )
@@ -1603,14 +1604,18 @@ async def move_by_hand(way: Rollout, order: WorkflowHandle[Any, Any], build: str
 
 
 Subscriptions = list[WorkflowHandle[Any, Any]]
+TELLS_SINCE = (1, 30)  # of the server
 
 
 async def subscribe(way: Rollout, *kinds: str) -> Subscriptions:
-    """Subscriptions on build 1.0 that have paid their first month. Raises NotRun where the SDK is too old for them."""
+    """Subscriptions on build 1.0 that have paid their first month. Raises NotRun where SDK or server is too old."""
     requires(
         "temporalio.workflow.Info.is_target_worker_deployment_version_changed",
         "temporalio.workflow.ContinueAsNewVersioningBehavior.AUTO_UPGRADE",
     )
+    version = (await way.client.workflow_service.get_system_info(GetSystemInfoRequest())).server_version
+    if tuple(map(int, version.split(".")[:2])) < TELLS_SINCE:
+        raise NotRun(f"Temporal {version} does not tell a run of a new version of its code yet: it does since 1.30")
     handles = []
     for kind in kinds:
         id = f"{way.queue}-{kind}"
