@@ -2251,7 +2251,7 @@ async def carried(lab: Lab, server: Server | None, load: Load) -> WorkflowHandle
 
 @dataclass
 class Submitted:
-    """Tickets that were submitted, each by itself or all by a usher."""
+    """Tickets that were submitted, each by itself or all by an usher."""
 
     alone: Sequence["ActivityHandle[str]"] = ()
     usher: WorkflowHandle[Any, Any] | None = None
