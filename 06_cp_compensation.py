@@ -22,6 +22,7 @@ from common import (
     lacks,
     limit,
     native,
+    not_run,
     piece,
     side_by_side,
     works,
