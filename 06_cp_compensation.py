@@ -27,6 +27,7 @@ from common import (
     side_by_side,
     works,
 )
+from harness.services import together
 from lab import (
     PROMPT,
     Books,
@@ -636,7 +637,7 @@ async def in_mid_air(handle: Handle) -> PendingActivityInfo:
 
 async def killed_while_undoing(lab: Lab) -> Evidence:
     """The worker dies after undoing the hotel and before it could say so. The next one undoes it again."""
-    quick, default = await asyncio.gather(*(take_over_at_hotel(lab, sticky) for sticky in (1, 10)))
+    quick, default = await together(*(take_over_at_hotel(lab, sticky) for sticky in (1, 10)))
     (taken, books), (usual, usual_books) = quick, default
     return holds(
         "worker killed in the middle of undoing: a new one finishes it; the call cut off is repeated, and counts once",
@@ -1299,7 +1300,7 @@ async def only_event(handle: Handle, kind: str) -> Any:
 
 
 async def from_python(lab: Lab, street: Street) -> list[Evidence]:
-    seen = await asyncio.gather(*(step_in(lab, street, *way) for way in STEPS_IN.items()))
+    seen = await together(*(step_in(lab, street, *way) for way in STEPS_IN.items()))
     who = {f"{name}_by": who for name, (_, who, _) in zip(STEPS_IN, seen, strict=True)}
     why = {f"why_{name}": why for name, (_, _, why) in zip(STEPS_IN, seen, strict=True)}
     me, reset_by = lab.client.identity, who.pop("reset_by")
@@ -1448,7 +1449,7 @@ PAUSED = "pause stops the attempts of an activity, unpause lets it go on; meanwh
 @piece(holds(PAUSED))
 async def pause_activity(lab: Lab, street: Street) -> Evidence:
     """Two deliveries are tried again and again. One is paused, and the other one measures the time."""
-    paused, other = await asyncio.gather(*(stuck(lab, street, name, again=0.1) for name in ("paused", "other")))
+    paused, other = await together(*(stuck(lab, street, name, again=0.1) for name in ("paused", "other")))
     await paused.cli("pause", "--reason", "provider is down")
     await until(paused.is_paused, "the activity is paused")
     before, other_before = len(paused.calls), len(other.calls)

@@ -1714,7 +1714,7 @@ async def over_the_limit(lab: Lab, room: Room) -> list[Evidence]:
     arrives = room.between is None
     ways = (ARGUMENT, RESULT, ACTIVITY_RESULT, *([TOGETHER] if arrives else []))
     async with too_big_worker(lab, ledger, task_queue=checking):
-        found = await asyncio.gather(*(too_big(lab, way, checking, room, room.too_much) for way in ways))
+        found = await together(*(too_big(lab, way, checking, room, room.too_much) for way in ways))
     outcomes = dict(zip(ways, found, strict=True))
     result = outcomes[ACTIVITY_RESULT]
     return [
@@ -1775,7 +1775,7 @@ async def unchecked(lab: Lab, room: Room) -> Evidence:
         raise NotRun(room.between)
     queue, ways = f"{lab.id}-trusting", (ARGUMENT, RESULT)
     async with too_big_worker(lab, lab.file("over-unchecked"), task_queue=queue, disable_payload_error_limit=True):
-        found = await asyncio.gather(*(too_big(lab, way, queue, room, room.refused) for way in ways))
+        found = await together(*(too_big(lab, way, queue, room, room.refused) for way in ways))
     outcomes = dict(zip(ways, found, strict=True))
     # A payload that is allowed more than a message is too large as a message first.
     why = "size limit" if room.limit < MESSAGE else "GrpcMessageTooLarge"

@@ -40,7 +40,6 @@ from lab import (
     Lab,
     Server,
     count_events,
-    end,
     ended,
     event_times,
     fail,
@@ -2647,7 +2646,7 @@ async def logs_of_core(lab: Lab) -> Evidence:
         with contextlib.suppress(TimeoutError):
             await until(lambda: core_lines(stream, run_id), "the core has said so", 30)
         tasks = await failed_tasks(handle)
-        await end(handle)
+        await handle.terminate(reason="seen enough")
     found = core_lines(stream, run_id)[:1]
     return holds(
         "the core's own log is forwarded into the same stream, with its fields",

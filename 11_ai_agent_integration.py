@@ -1700,7 +1700,7 @@ async def streamed(lab: Lab, model: "Endpoint") -> list[Evidence]:
         await stand.subscribe(late, offset=middle)
     count = await count_events(handle)
     tokens = tokens_in(seen)
-    delays = [one.at - float(said) for one, said in zip(tokens, notes(stand.heard), strict=False)]
+    delays = [one.at - float(heard) for one, heard in zip(tokens, notes(stand.heard), strict=False)]
     kept = {"signals": count["WORKFLOW_EXECUTION_SIGNALED"], "updates": count["WORKFLOW_EXECUTION_UPDATE_ACCEPTED"]}
     return [
         works(
@@ -1776,7 +1776,7 @@ async def polled(lab: Lab, model: "Endpoint") -> Evidence:
     async with lab.worker(**stand.parts(workflows=[Polled])):
         handle = await lab.start(Polled.run, COUNTING, id=stand.id, task_queue=stand.id)
         await until(lambda: len(notes(stand.heard)) >= PAUSE, "the model has said something", every=0.02)
-        shown_then, said = await handle.query(Polled.so_far), len(notes(stand.heard))
+        shown_then, heard = await handle.query(Polled.so_far), len(notes(stand.heard))
         open_gate(stand.gate)
         text = ""
 
@@ -1789,10 +1789,10 @@ async def polled(lab: Lab, model: "Endpoint") -> Evidence:
         at = time.time()
         await handle.signal(Polled.enough)
         how = await ended(handle)
-    delays = [1000 * (at - float(said)) for said in notes(stand.heard)]
+    delays = [1000 * (at - float(line)) for line in notes(stand.heard)]
     return control(
         "without a stream, polling by query shows nothing until the whole answer is there",
-        tokens_that_the_activity_had=at_least(said, PAUSE),
+        tokens_that_the_activity_had=at_least(heard, PAUSE),
         shown_then=equal(shown_then, ""),
         the_first_text_shown=equal(text, how.result),
         from_the_model_to_sight=Spread.of(delays, "ms"),
