@@ -347,7 +347,7 @@ class Desk:
         how, calls = await ended(handle), self.lab.calls(handle.id)
         failed = case.attempts if case.why else case.attempts[:-1]
         facts = {
-            "attempts that ran": equal(attempts(calls), case.attempts),
+            "attempts_that_ran": equal(attempts(calls), case.attempts),
             "failed": equal(attempts(self.lab.calls(handle.id, "failed")), failed),
         }
         if case.why:
@@ -1063,8 +1063,8 @@ async def zombie(hall: Hall) -> Evidence:
         await until(lambda: lab.calls(queue, "ended"), "an attempt has done its work")
         first.send(signal.SIGSTOP)
         async with hall.worker(hall.press("the second"), queue):
-            taken = partial(happened, handle, "ACTIVITY_TASK_COMPLETED")
-            await until(taken, "the second attempt's answer was taken")
+            answered = partial(happened, handle, "ACTIVITY_TASK_COMPLETED")
+            await until(answered, "the second attempt's answer was taken")
         open_gate(gate)
         first.send(signal.SIGCONT)
         after = await hall.start("after-zombie", Limits(start_to_close=FAR, task_queue=queue))

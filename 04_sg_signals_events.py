@@ -517,10 +517,10 @@ def as_sent(branch: Branch, handle: Handle, stream: Stream) -> dict[str, Any]:
         "acknowledged": len(stream.acknowledged),
         "lost": equal(missing(stream.acknowledged, received), []),
         "twice": equal(repeated(received), []),
-        "in the order sent": equal(received == sorted(received), True),
-        "never sent": equal(missing(received, stream.acknowledged + stream.refused), []),
-        "booked as received": equal(branch.booked(handle) == received, True),
-        "without an answer": len(stream.refused),
+        "in_the_order_sent": equal(received == sorted(received), True),
+        "never_sent": equal(missing(received, stream.acknowledged + stream.refused), []),
+        "booked_as_received": equal(branch.booked(handle) == received, True),
+        "without_an_answer": len(stream.refused),
     }
 
 
@@ -1418,7 +1418,9 @@ class Fulfilment:
             raise ApplicationError("an item must have a name")
 
 
-async def add_or_start(client: Client, order: Order, item: str, task_queue: str) -> Handle:
+async def add_or_start(
+    client: Client, order: Order, item: str, task_queue: str
+) -> WorkflowHandle[Fulfilment, list[str]]:
     """Signal and start in one request: the order is there, or is begun, and has the item either way."""
     return await client.start_workflow(
         Fulfilment.run, order, id=order.number, task_queue=task_queue, start_signal="add", start_signal_args=[item]

@@ -20,7 +20,6 @@ from common import (
     connect,
     contains,
     control,
-    differs,
     equal,
     figure,
     holds,
@@ -36,11 +35,17 @@ from lab import (
     PATIENT,
     Child,
     Ending,
+    Handle,
     Lab,
     Server,
     count_events,
+    end,
     ended,
     failed_tasks,
+    finds,
+    happened,
+    is_closed,
+    is_closed_or_stuck,
     make_worker,
     note,
     notes,
@@ -53,6 +58,7 @@ from lab import (
     soon,
     status_of,
     until,
+    waits,
     withhold,
 )
 
@@ -65,7 +71,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import time
@@ -108,8 +113,7 @@ from temporalio.converter import (
 )
 from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import Replayer, Worker, WorkerDeploymentConfig, WorkflowRunner
-from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner
+from temporalio.worker import Replayer, Worker, WorkerDeploymentConfig
 
 # Without this the sandbox would import them again for every run.
 with workflow.unsafe.imports_passed_through():
@@ -126,8 +130,7 @@ VR = Category(
     at_once=2,  # each has a dozen workers
 )
 
-# Seconds between two looks at the server where something is waited for: each costs it as much as a step does.
-LOOK = 0.2
+# What the items share --------------------------------------------------------------------------------
 
 
 async def together(*parts: Awaitable[T]) -> list[T]:
@@ -148,8 +151,6 @@ async def together(*parts: Awaitable[T]) -> list[T]:
 
 @dataclass
 class Purchase:
-    """One argument object instead of several arguments: fields can be added later without breaking runs."""
-
     number: str
 
 
@@ -405,14 +406,14 @@ def crew(lab: Lab, build: str) -> list[Callable[..., Any]]:
     return Crew(Journal(lab.file("journal"), build)).activities
 
 
-def ran(lab: Lab, *orders: WorkflowHandle[Any, Any]) -> list[str]:
+def ran(lab: Lab, *orders: Handle) -> list[str]:
     """What the journal says of orders, such as "pay on 1.0", oldest first."""
     ids = {order.id for order in orders}
     lines = (line.split(" ", 1) for line in notes(lab.file("journal")))
     return [step for number, step in lines if number.partition("/")[0] in ids]
 
 
-async def builds_of(handle: WorkflowHandle[Any, Any]) -> list[str]:
+async def builds_of(handle: Handle) -> list[str]:
     """Which builds completed the workflow tasks of a run, as the server recorded it, each named when its turn begins.
 
     A worker that takes part in no deployment is named here by its identity.
@@ -426,7 +427,7 @@ async def builds_of(handle: WorkflowHandle[Any, Any]) -> list[str]:
     return [name for name, _ in itertools.groupby(one.deployment_version.build_id or one.identity for one in done)]
 
 
-async def begin(lab: Lab, worker: Worker, queue: str, *names: str) -> list[WorkflowHandle[Any, Any]]:
+async def begin(lab: Lab, worker: Worker, queue: str, *names: str) -> list[Handle]:
     """Begin orders on a worker, and stop it when all of them wait for their approval."""
     async with worker:
         ids = [f"{queue}-{name}" for name in names]
@@ -436,23 +437,13 @@ async def begin(lab: Lab, worker: Worker, queue: str, *names: str) -> list[Workf
     return handles
 
 
-async def waits(handle: WorkflowHandle[Any, Any]) -> bool:
-    """The last workflow task asked for nothing more."""
-    return (await handle.fetch_history()).events[-1].event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED
-
-
-async def until_waiting(handle: WorkflowHandle[Any, Any]) -> float:
+async def until_waiting(handle: Handle) -> float:
     """Wait until a run waits for something. Returns the seconds it took."""
-    return await until(partial(waits, handle), f"{handle.id} waits", every=LOOK)
+    return await until(partial(waits, handle), f"{handle.id} waits")
 
 
-async def until_over(handle: WorkflowHandle[Any, Any]) -> None:
-    await until(partial(is_over, handle), f"{handle.id} is finished or stuck", every=LOOK)
-
-
-async def is_over(handle: WorkflowHandle[Any, Any]) -> bool:
-    """The run is closed, or stuck: a workflow task has failed."""
-    return await status_of(handle) != "RUNNING" or bool(await failed_tasks(handle))
+async def until_over(handle: Handle) -> None:
+    await until(partial(is_closed_or_stuck, handle), f"{handle.id} is finished or stuck")
 
 
 def staff(lab: Lab, stage: str, queue: str) -> Worker:
@@ -482,27 +473,25 @@ class Passage:
         )
 
 
-async def passage(lab: Lab, handle: WorkflowHandle[Any, Any]) -> Passage:
-    """How a run has gone that is_over(). One that is stuck is ended, or the next worker would try it, too."""
+async def passage(lab: Lab, handle: Handle) -> Passage:
+    """How a run has gone that is closed or stuck. A stuck one is ended, or the next worker would try it, too."""
     status, trouble = await status_of(handle), await failed_tasks(handle)
-    seen = status, None if status == "RUNNING" else await handle.result(), (trouble or [""])[0]
+    seen = status, None if status == "RUNNING" else (await ended(handle)).result, (trouble or [""])[0]
     found = Passage(*seen, ran(lab, handle), await builds_of(handle))
-    if status == "RUNNING":
-        with contextlib.suppress(RPCError):  # it has ended meanwhile: another worker's code fits it
-            await handle.terminate("stuck")
+    await end(handle, "stuck")
     return found
 
 
-async def passages(lab: Lab, orders: Mapping[K, WorkflowHandle[Any, Any]]) -> dict[K, Passage]:
+async def passages(lab: Lab, orders: Mapping[K, Handle]) -> dict[K, Passage]:
     """Wait until each order is finished or stuck, and see how it has gone."""
     for order in orders.values():
         await until_over(order)
     return {name: await passage(lab, order) for name, order in orders.items()}
 
 
-async def begin_all(lab: Lab, queue: str, pairs: Sequence[Pair]) -> dict[Pair, WorkflowHandle[Any, Any]]:
+async def begin_all(lab: Lab, queue: str, pairs: Sequence[Pair]) -> dict[Pair, Handle]:
     """Begin an order for each pair with its first stage; only one stage of the code runs at a time."""
-    orders: dict[Pair, WorkflowHandle[Any, Any]] = {}
+    orders: dict[Pair, Handle] = {}
     for stage in STAGES:
         mine = [pair for pair in pairs if pair[0] == stage]
         if mine:
@@ -511,7 +500,7 @@ async def begin_all(lab: Lab, queue: str, pairs: Sequence[Pair]) -> dict[Pair, W
     return orders
 
 
-async def finish_all(lab: Lab, queue: str, orders: Mapping[Pair, WorkflowHandle[Any, Any]]) -> dict[Pair, Passage]:
+async def finish_all(lab: Lab, queue: str, orders: Mapping[Pair, Handle]) -> dict[Pair, Passage]:
     """Approve each order when only its second stage runs, and wait until it is finished or stuck."""
     seen: dict[Pair, Passage] = {}
     for stage in STAGES:
@@ -611,12 +600,12 @@ async def visible(lab: Lab) -> list[Evidence]:
 
     async def look(*left: str) -> tuple[dict[str, list[str]], float]:
         """What the queries list and what replay finds, and after how many seconds visibility had followed."""
-        seconds = await until(partial(follows, *left), f"visibility lists {left}", every=LOOK)
+        seconds = await until(partial(follows, *left), f"visibility lists {left}")
         listed = {
             "old": await on_old_path(lab.client, "screen-first", mine),
             "without any": await ids_of(lab.client, f"{mine} AND TemporalChangeVersion IS NULL"),
             "with it": await ids_of(lab.client, f'{mine} AND TemporalChangeVersion = "screen-first"'),
-            "broken": list(await broken_by([DeprecatedWithGift], lab.client, mine, sandbox())),
+            "broken": list(await misfits(replayer_of(DeprecatedWithGift), lab.client, mine)),  # VR-02's lesson
         }
         return {what: short(ids) for what, ids in listed.items()}, seconds
 
@@ -673,7 +662,7 @@ async def routed(client: Client, deployment: str) -> None:
         # Seen once in 72 switches: the server never reports it completed, though the queue has long followed.
         return time.monotonic() > since + 3 and await queue_follows(client, deployment, found.routing_config)
 
-    await until(follows, f"the task queue follows the routing of {deployment}", every=LOOK)
+    await until(follows, f"the task queue follows the routing of {deployment}")
 
 
 async def queue_follows(client: Client, task_queue: str, wanted: RoutingConfig) -> bool:
@@ -692,9 +681,12 @@ async def queue_follows(client: Client, task_queue: str, wanted: RoutingConfig) 
 
 
 async def has_version(client: Client, deployment: str, build: str) -> bool:
-    with contextlib.suppress(RPCError):
+    try:
         return bool((await version_info(client, deployment, build)).create_time.seconds)
-    return False
+    except RPCError as error:
+        if error.status != RPCStatusCode.NOT_FOUND:
+            raise
+        return False
 
 
 class Shop:
@@ -703,7 +695,7 @@ class Shop:
     def __init__(self, lab: Lab, name: str, server: Server | None = None) -> None:
         self.lab, self.server, self.client = lab, server, server.client if server else lab.client
         self.queue = f"{lab.id}-{name}"
-        self.orders: dict[str, WorkflowHandle[Any, Any]] = {}
+        self.orders: dict[str, Handle] = {}
 
     def worker(self, build: str, code: Sequence[type], *, takes_part: bool = True, **options: Any) -> Worker:
         """A worker that takes part in the deployment, with this build's id, or one that only polls the queue."""
@@ -714,11 +706,10 @@ class Shop:
         options |= {"server": self.server, "task_queue": self.queue, "shortened": longer}
         return self.lab.worker(code, crew(self.lab, build), **options)
 
-    async def order(self, kind: str, name: str, **options: Any) -> WorkflowHandle[Any, Any]:
+    async def order(self, kind: str, name: str, **options: Any) -> Handle:
         id = f"{self.queue}-{name}"
-        self.orders[name] = await self.client.start_workflow(
-            kind, Purchase(id), id=id, task_queue=self.queue, **options
-        )
+        options |= {"id": id, "task_queue": self.queue, "client": self.client}
+        self.orders[name] = await self.lab.start(kind, Purchase(id), **options)
         return self.orders[name]
 
     async def switch(self, build: str) -> float:
@@ -773,11 +764,11 @@ async def deployments(lab: Lab) -> list[Evidence]:
 async def no_current_version(shop: Shop) -> Evidence:
     """Versioned workers poll and no version is current yet: the run waits, and nothing says so."""
     for build in ORDERS:
-        await until(partial(has_version, shop.client, shop.queue, build), f"{build} has registered", every=LOOK)
+        await until(partial(has_version, shop.client, shop.queue, build), f"{build} has registered")
     waiting, queue = await shop.order(PINNED, "early"), f"{shop.queue}-beside"
     [beside] = await begin(shop.lab, staff(shop.lab, "old", queue), queue, "later")
     before, status, failed = await count_events(waiting), await status_of(waiting), await failed_tasks(waiting)
-    await beside.terminate("not needed any more")
+    await beside.terminate(reason="not needed any more")
     current = await shop.switch("1.0")
     seconds = await until_waiting(waiting)
     return limit(
@@ -801,7 +792,7 @@ async def routed_rightly(shop: Shop, seconds: float) -> list[Evidence]:
     for order in orders.values():
         await order.signal(Approvable.approve)
     seen = await passages(shop.lab, orders)
-    paid = collections.Counter(call.workflow for call in shop.lab.calls() if call.activity == "pay")
+    paid = collections.Counter(call.workflow for call in shop.lab.calls(activity="pay"))
     return [
         works(
             STAYS,
@@ -840,16 +831,16 @@ async def orphaned(shop: Shop) -> Evidence:
     meanwhile = [await status_of(orphan), outline(await orphan.fetch_history(), without="").split("\n")[-1]]
     meanwhile += shop.ran("orphan")
     query = f'TemporalWorkerDeploymentVersion = "{shop.queue}:1.0" AND ExecutionStatus = "Running"'
-    await until(partial(ids_of, shop.client, query), "visibility tells of it", every=LOOK)
+    await until(partial(ids_of, shop.client, query), "visibility tells of it")
     named = [one.removeprefix(f"{shop.queue}-") for one in await ids_of(shop.client, query)]
     reported = await reported_problems(shop.client, query)
     backlog: list[int] = []
 
     async def told_or_over() -> bool:
         backlog[:] = [await backlog_of(shop, "1.0")]
-        return backlog[0] > 0 or await is_over(orphan)
+        return backlog[0] > 0 or await is_closed_or_stuck(orphan)
 
-    await until(told_or_over, "the old build's backlog is told", every=0.3)
+    await until(told_or_over, "the old build's backlog is told")
     async with shop.worker("1.0", ORDERS["1.0"]):
         [after] = (await passages(shop.lab, {"orphan": orphan})).values()
     return holds(
@@ -876,11 +867,11 @@ async def reported_problems(client: Client, query: str) -> int | str:
 
 async def backlog_of(shop: Shop, build: str) -> int:
     """About how many workflow tasks wait for a build, as the operator is told."""
-    command = await shop.lab.cli(
+    told = await shop.lab.command(
         "worker", "deployment", "describe-version", "--deployment-name", shop.queue, "--build-id", build,
         "--report-task-queue-stats", "--output", "json",
     )  # fmt: skip
-    queues = json.loads(command.out)["taskQueuesInfos"]
+    queues = json.loads(told.out)["taskQueuesInfos"]
     return sum(int(queue["stats"]["approximateBacklogCount"]) for queue in queues if queue["type"] == "workflow")
 
 
@@ -905,7 +896,8 @@ async def rebuilt(shop: Shop) -> Evidence:
 @VR.item("VR-01", "Workflow versioning", seconds=150, fail_closed=True)
 async def workflow_versioning(lab: Lab) -> AsyncIterator[Evidence]:
     """Orders are begun with one version of the code and finished with another; a journal says which ran what."""
-    async for evidence in side_by_side(patching(lab), visible(lab), deployments(lab)):
+    parts = (patching, visible, deployments)
+    async for evidence in side_by_side(*(part(lab) for part in parts)):
         yield evidence
     yield native(
         "patching is part of the SDK, its runs are found by a query, and replay tells when a patch may go",
@@ -933,23 +925,20 @@ async def workflow_versioning(lab: Lab) -> AsyncIterator[Evidence]:
 # The histories of open runs are the test data of the next release: replay them all against it first.
 
 
-async def broken_by(
-    release: Sequence[type], client: Client, open_runs: str, runner: WorkflowRunner | None = None
-) -> dict[str, str]:
+async def misfits(replayer: Replayer, client: Client, open_runs: str) -> dict[str, str]:
     """What a CI job does before each release: replay every run that a query lists against the new code.
 
-    In a namespace of one's own the query is 'ExecutionStatus = "Running"'. `runner`: that of the workers, where it is
-    not the default. Returns what is wrong by workflow id; when there is nothing, the release fits.
+    `replayer`: with that code, and with the workers' own interceptors, converter and runner. In a namespace of one's
+    own the query is 'ExecutionStatus = "Running"'. Returns what is wrong by workflow id; when there is nothing, the
+    release fits.
     """
-    replayer = Replayer(workflows=release, workflow_runner=runner or SandboxedWorkflowRunner())
     histories = client.list_workflows(open_runs).map_histories()
     async with replayer.workflow_replay_iterator(histories) as results:
         return {one.history.workflow_id: str(one.replay_failure) async for one in results if one.replay_failure}
 
 
-async def misfit(release: Sequence[type], history: WorkflowHistory, runner: WorkflowRunner | None = None) -> str:
+async def misfit(replayer: Replayer, history: WorkflowHistory) -> str:
     """The same for one history. Returns what is wrong with it, or "" when it fits."""
-    replayer = Replayer(workflows=release, workflow_runner=runner or SandboxedWorkflowRunner())
     failure = (await replayer.replay_workflow(history, raise_on_replay_failure=False)).replay_failure
     return str(failure or "")
 
@@ -977,10 +966,12 @@ async def example_vr_02(client: Client) -> None:
         await desk.has("pay 1")
     history = await order.fetch_history()
     for release in (OrderNew, OrderPatched):
-        print(f"{release.__name__} {'breaks' if await misfit([release], history) else 'fits'} the open order")
+        breaks = await misfit(Replayer(workflows=[release]), history)
+        print(f"{release.__name__} {'breaks' if breaks else 'fits'} the open order")
     open_runs = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{name}"'
-    print(f"Open runs that {OrderNew.__name__} would break: {list(await broken_by([OrderNew], client, open_runs))}")
-    await order.terminate("the example is over")
+    broken = await misfits(Replayer(workflows=[OrderNew]), client, open_runs)
+    print(f"Open runs that {OrderNew.__name__} would break: {list(broken)}")
+    await order.terminate(reason="the example is over")
 
 
 # VR-02 put to the test -------------------------------------------------------------------------------
@@ -1102,16 +1093,21 @@ def message_of(misfit: str) -> str:
     return found[1] if found else misfit
 
 
+def replayer_of(*release: type) -> Replayer:
+    """With the runner that the workers here have."""
+    return Replayer(workflows=release, workflow_runner=sandbox())
+
+
 async def catch_before_deployment(lab: Lab) -> list[Evidence]:
     """The history of one open order, in a file, against four releases. None of them is deployed."""
     queue, path = f"{lab.id}-stored", Path(lab.file("stored.json"))
     [order] = await begin(lab, staff(lab, "old", queue), queue, "order")
     await keep(order, path)
     begun = time.monotonic()
-    broken = await misfit([OrderNew], kept(path), sandbox())
+    broken = await misfit(replayer_of(OrderNew), kept(path))
     seconds = time.monotonic() - begun
     same, harmless, patched = [
-        await misfit([code], kept(path), sandbox()) for code in (OrderOld, OrderRefactored, OrderPatched)
+        await misfit(replayer_of(code), kept(path)) for code in (OrderOld, OrderRefactored, OrderPatched)
     ]
     events = len(kept(path).events)
     return [
@@ -1137,7 +1133,7 @@ async def matrix(lab: Lab) -> list[Evidence]:
     orders = await begin_all(lab, queue, pairs)
     nightly = await replay_all_open(lab, queue, orders)
     replayed = {
-        pair: await misfit([STAGES[pair[1]]], await order.fetch_history(), sandbox()) for pair, order in orders.items()
+        pair: await misfit(replayer_of(STAGES[pair[1]]), await order.fetch_history()) for pair, order in orders.items()
     }
     deployed = await finish_all(lab, queue, orders)
 
@@ -1146,9 +1142,9 @@ async def matrix(lab: Lab) -> list[Evidence]:
         by_replay = [code for code in STAGES if not replayed[history, code]]
         by_deploying = [code for code in STAGES if deployed[history, code].is_clean(history, code)]
         stuck = [code for code in STAGES if deployed[history, code].status == "RUNNING"]
-        facts[f"a_run_of_{history}_fits_by_replay"] = equal(by_replay, fitting)
-        facts["finished_right_when_deployed_" + history] = equal(by_deploying, fitting)
-        facts["stuck_" + history] = equal(stuck, [code for code in STAGES if code not in fitting])
+        facts[f"{history}: fits by replay"] = equal(by_replay, fitting)
+        facts[f"{history}: finished right when deployed"] = equal(by_deploying, fitting)
+        facts[f"{history}: stuck"] = equal(stuck, [code for code in STAGES if code not in fitting])
     whys = [replayed[pair] for pair in pairs if replayed[pair]] + [
         one.trouble for one in deployed.values() if one.trouble
     ]
@@ -1163,18 +1159,14 @@ async def matrix(lab: Lab) -> list[Evidence]:
     ]
 
 
-async def replay_all_open(lab: Lab, queue: str, orders: Mapping[Pair, WorkflowHandle[Any, Any]]) -> Evidence:
+async def replay_all_open(lab: Lab, queue: str, orders: Mapping[Pair, Handle]) -> Evidence:
     """Every open run that visibility lists, whatever its type."""
     candidate = "deprecated"
     mine = f'ExecutionStatus = "Running" AND WorkflowId STARTS_WITH "{queue}"'
     await begin_delivery(lab, f"{queue}-other")
-
-    async def listed() -> bool:
-        return (await lab.client.count_workflows(mine)).count == len(orders) + 1
-
-    await until(listed, "visibility lists every open run", every=LOOK)
+    await until(lambda: finds(lab.client, mine, len(orders) + 1), "visibility lists every open run")
     begun = time.monotonic()
-    broken = await broken_by([STAGES[candidate]], lab.client, mine, sandbox())
+    broken = await misfits(replayer_of(STAGES[candidate]), lab.client, mine)
     seconds = time.monotonic() - begun
     named = {id.removeprefix(f"{queue}-"): why for id, why in broken.items()}
     unregistered = message_of(named.get("other-delivery", ""))
@@ -1187,7 +1179,7 @@ async def replay_all_open(lab: Lab, queue: str, orders: Mapping[Pair, WorkflowHa
     )
 
 
-async def begin_delivery(lab: Lab, queue: str) -> WorkflowHandle[Any, Any]:
+async def begin_delivery(lab: Lab, queue: str) -> Handle:
     async with lab.worker([Delivery], [act], task_queue=queue):
         handle = await lab.start("Delivery", id=f"{queue}-delivery", task_queue=queue)
         await until_waiting(handle)
@@ -1198,7 +1190,7 @@ async def change_behind_an_argument(lab: Lab) -> Evidence:
     """The change that OrderNew is caught for, in code that has one activity for everything."""
     queue = f"{lab.id}-argument"
     delivery = await begin_delivery(lab, queue)
-    found = await misfit([DeliveryWithStepInFront], await delivery.fetch_history(), sandbox())
+    found = await misfit(replayer_of(DeliveryWithStepInFront), await delivery.fetch_history())
     await delivery.signal(Approvable.approve)
     async with lab.worker([DeliveryWithStepInFront], [act], task_queue=queue):
         await until_over(delivery)
@@ -1217,7 +1209,7 @@ async def unseen_options(lab: Lab) -> list[Evidence]:
         await ended(handle)
     history = await handle.fetch_history()
     return [
-        limit(f"a changed {what} passes replay", found=equal(await misfit([code], history, sandbox()), ""))
+        limit(f"a changed {what} passes replay", found=equal(await misfit(replayer_of(code), history), ""))
         for what, code in UNSEEN.items()
     ]
 
@@ -1225,8 +1217,8 @@ async def unseen_options(lab: Lab) -> list[Evidence]:
 @VR.item("VR-02", "Detection of breaking changes", seconds=150)
 async def breaking_changes(lab: Lab) -> AsyncIterator[Evidence]:
     """Histories of open runs are replayed against the next release; then it is deployed, to see who was right."""
-    parts = (catch_before_deployment(lab), matrix(lab), change_behind_an_argument(lab), unseen_options(lab))
-    async for evidence in side_by_side(*parts):
+    parts = (catch_before_deployment, matrix, change_behind_an_argument, unseen_options)
+    async for evidence in side_by_side(*(part(lab) for part in parts)):
         yield evidence
     yield native(
         "replaying stored and listed histories is part of the SDK",
@@ -1381,7 +1373,8 @@ async def example_vr_03(client: Client) -> None:
 
 # VR-03 put to the test -------------------------------------------------------------------------------
 
-# How soon the server looks whether a version has drained; lowered, to see in seconds what takes minutes.
+# Settings that no user has, to see in seconds what takes minutes: how soon the server looks whether a version has
+# drained.
 DRAIN_SOON = {
     "matching.wv.VersionDrainageStatusVisibilityGracePeriod": '"1s"',
     "matching.wv.VersionDrainageStatusRefreshInterval": '"1s"',
@@ -1437,7 +1430,7 @@ class Rollout(Shop):
     def release(self, build: str) -> Worker:
         return self.worker(build, RELEASES[build])
 
-    async def begin(self, count: int, *, approved: bool = False) -> list[WorkflowHandle[Any, Any]]:
+    async def begin(self, count: int, *, approved: bool = False) -> list[Handle]:
         """Start orders; approved ones run to their end, the others wait when they have paid."""
         names = [str(number) for number in range(len(self.orders), len(self.orders) + count)]
         how: dict[str, Any] = {"start_signal": "approve"} if approved else {"task_timeout": soon()}
@@ -1446,17 +1439,17 @@ class Rollout(Shop):
             await (ended(one) if approved else until_waiting(one))
         return begun
 
-    def builds(self, orders: Sequence[WorkflowHandle[Any, Any]]) -> dict[str, int]:
+    def builds(self, orders: Sequence[Handle]) -> dict[str, int]:
         return builds_that_ran(self.lab, orders)
 
 
-def builds_that_ran(lab: Lab, orders: Sequence[WorkflowHandle[Any, Any]]) -> dict[str, int]:
+def builds_that_ran(lab: Lab, orders: Sequence[Handle]) -> dict[str, int]:
     """How many orders each build worked on, as the journal tells; "1.0 and 2.0" is one that was moved."""
     every = ({step.split(" on ")[1] for step in ran(lab, order)} for order in orders)
     return dict(collections.Counter(" and ".join(sorted(builds)) for builds in every))
 
 
-def ways(lab: Lab, orders: Sequence[WorkflowHandle[Any, Any]]) -> collections.Counter[str]:
+def ways(lab: Lab, orders: Sequence[Handle]) -> collections.Counter[str]:
     """How many orders took which steps, on which builds."""
     return collections.Counter(", ".join(ran(lab, order)) for order in orders)
 
@@ -1505,7 +1498,7 @@ async def ramp(way: Rollout) -> Evidence:
     return works(
         "a new version ramps: the share of the new runs that was asked for goes to it, each whole run to one version",
         asked_for_in_percent=RAMP,
-        of=equal(len(samples), SAMPLES),
+        of=SAMPLES,
         went_to_the_new_version=between(samples.count("2.0"), low, high),
         to_the_old_one=equal(samples.count("1.0"), SAMPLES - samples.count("2.0")),
         half_the_share_would_pass_with_probability=at_most(chance(low, high, SAMPLES, share / 2), 1e-3),
@@ -1518,9 +1511,9 @@ async def ramp(way: Rollout) -> Evidence:
 
 async def sample(way: Rollout, number: int) -> str:
     """The build that a new run was sent to."""
-    return await way.client.execute_workflow(
-        Sample.run, id=f"{way.queue}-sample-{number}", task_queue=way.queue, task_timeout=PATIENT
-    )
+    where: dict[str, Any] = {"id": f"{way.queue}-sample-{number}", "task_queue": way.queue, "client": way.client}
+    how = await ended(await way.lab.start(Sample.run, task_timeout=PATIENT, **where))
+    return str(how.result)
 
 
 async def take_over(way: Rollout) -> Evidence:
@@ -1533,14 +1526,14 @@ async def take_over(way: Rollout) -> Evidence:
     )
 
 
-async def drain(way: Rollout, long: Sequence[WorkflowHandle[Any, Any]]) -> Evidence:
+async def drain(way: Rollout, long: Sequence[Handle]) -> Evidence:
     """The old version is looked at while its last runs are open, and when they are done."""
 
     async def checked_with_open_runs() -> bool:
         info = (await version_info(way.client, way.queue, "1.0")).drainage_info
         return info.last_checked_time.ToDatetime() > info.last_changed_time.ToDatetime()
 
-    await until(checked_with_open_runs, "the server looked at the open runs of 1.0", every=LOOK)
+    await until(checked_with_open_runs, "the server looked at the open runs of 1.0")
     before, open_runs = await drainage(way.client, way.queue, "1.0"), [await status_of(one) for one in long]
     for order in long:
         await order.signal(Approvable.approve)
@@ -1550,7 +1543,7 @@ async def drain(way: Rollout, long: Sequence[WorkflowHandle[Any, Any]]) -> Evide
     async def drained() -> bool:
         return await drainage(way.client, way.queue, "1.0") == "DRAINED"
 
-    seconds = await until(drained, "1.0 is reported drained", every=LOOK)
+    seconds = await until(drained, "1.0 is reported drained")
     return works(
         "the old version drains: DRAINING while its runs are open, which finish on it, then DRAINED",
         open_runs=equal(open_runs.count("RUNNING"), 5),
@@ -1568,7 +1561,7 @@ async def roll_back_and_move(way: Rollout) -> Evidence:
         victims = await way.begin(5)
         for victim in victims:
             await victim.signal(Approvable.approve)
-            await until(partial(failed_tasks, victim), "the bug of 3.0 has shown", every=LOOK)
+            await until(partial(failed_tasks, victim), "the bug of 3.0 has shown")
         seconds = await way.switch("2.0")
         after = await way.begin(5, approved=True)
     stuck = collections.Counter([await status_of(one) for one in victims])
@@ -1590,7 +1583,7 @@ async def roll_back_and_move(way: Rollout) -> Evidence:
     )
 
 
-async def move_by_hand(way: Rollout, order: WorkflowHandle[Any, Any], build: str) -> int:
+async def move_by_hand(way: Rollout, order: Handle, build: str) -> int:
     """What an operator types. Returns the exit status."""
     done = await way.lab.cli(
         "workflow", "update-options",
@@ -1603,7 +1596,7 @@ async def move_by_hand(way: Rollout, order: WorkflowHandle[Any, Any], build: str
     return done.code
 
 
-Subscriptions = list[WorkflowHandle[Any, Any]]
+Subscriptions = list[Handle]
 TELLS_SINCE = (1, 30)  # of the server
 
 
@@ -1619,7 +1612,8 @@ async def subscribe(way: Rollout, *kinds: str) -> Subscriptions:
     handles = []
     for kind in kinds:
         id = f"{way.queue}-{kind}"
-        await way.client.start_workflow(kind, Months(id), id=id, task_queue=way.queue, start_signal="renew")
+        where: dict[str, Any] = {"id": id, "task_queue": way.queue, "client": way.client}
+        await way.lab.start(kind, Months(id), start_signal="renew", **where)
         handles.append(way.client.get_workflow_handle(id))  # of whichever run is the latest
         await until_waiting(handles[-1])
     return handles
@@ -1651,7 +1645,7 @@ async def upgrade_at_continue_as_new(way: Rollout, subscribed: Awaitable[Subscri
     )
 
 
-def has_paid(way: Rollout, subscription: WorkflowHandle[Any, Any], month: int) -> bool:
+def has_paid(way: Rollout, subscription: Handle, month: int) -> bool:
     return sum(step.startswith("pay") for step in ran(way.lab, subscription)) == month
 
 
@@ -1661,7 +1655,8 @@ async def nothing_lost(way: Rollout) -> Evidence:
     endings = [await ended(order) for order in way.orders.values()]
     return holds(
         "no run is lost or doubled in the whole rollout",
-        orders_over_three_versions_a_ramp_three_switches_and_a_rollback=equal(len(way.orders), 5 + 20 + 10 + 5 + 5),
+        orders=len(way.orders),
+        over="three versions, a ramp, three switches and a rollback",
         completed=equal([one.status for one in endings].count("COMPLETED"), len(way.orders)),
         with_each_step_once_in_the_journal=equal(sum(one in (["pay", "ship"], SCREENED) for one in steps), len(steps)),
         with_another_result_than_the_journal=equal(
@@ -1695,7 +1690,7 @@ async def default_drainage(lab: Lab, drained_in: asyncio.Future[float]) -> Evide
     looked = (info.last_checked_time.ToDatetime() - info.last_changed_time.ToDatetime()).total_seconds()
     return limit(
         NOT_DRAINED,
-        status=differs(await drainage(lab.client, shop.queue, "1.0"), "DRAINED"),
+        status=equal(await drainage(lab.client, shop.queue, "1.0"), "DRAINING"),
         after_the_switch=figure(time.monotonic() - switched, "s"),
         last_looked_at_after=figure(looked, "s"),
     )
@@ -1751,7 +1746,7 @@ async def unversioned_beside(lab: Lab) -> list[Evidence]:
     ]
 
 
-async def hands_on(handle: WorkflowHandle[Any, Any]) -> list[str]:
+async def hands_on(handle: Handle) -> list[str]:
     """The identities of the workers that had a workflow task of a run, completed or failed."""
     events = (await handle.fetch_history()).events
     done = {event.workflow_task_completed_event_attributes.identity for event in events}
@@ -1769,13 +1764,10 @@ async def annotated_but_unversioned(lab: Lab) -> Evidence:
     shop = Shop(lab, "annotated")
     async with shop.worker("unversioned", [PinnedOrderOne], takes_part=False) as worker:
         order = await shop.order(PINNED, "order", task_timeout=soon())
-
-        async def timed_out() -> bool:
-            return (await count_events(order))["WORKFLOW_TASK_TIMED_OUT"] > 0
-
-        seconds = await until(timed_out, "a workflow task timed out", every=LOOK)
+        timed_out = partial(happened, order, "WORKFLOW_TASK_TIMED_OUT")
+        seconds = await until(timed_out, "a workflow task timed out")
         status, failed, serving = await status_of(order), await failed_tasks(order), worker.is_running
-    await order.terminate("it hangs")
+    await order.terminate(reason="it hangs")
     return limit(
         UNCONFIGURED,
         worker_serves=equal(serving, True),
@@ -1815,7 +1807,9 @@ async def deployable(target: Target, queue: str, options: Mapping[str, Any]) -> 
 
 
 @contextlib.asynccontextmanager
-async def deployed(lab: Lab, queue: str, provider: Journal, grace: timedelta | None = GRACE) -> AsyncIterator[Child]:
+async def deployed_worker(
+    lab: Lab, queue: str, provider: Journal, grace: timedelta | None = GRACE
+) -> AsyncIterator[Child]:
     """A worker process that lets SIGTERM end it. No activity is tried twice, so that what is lost shows."""
     options: dict[str, Any] = {"activities": Crew(provider).activities}
     options["interceptors"] = [Outside(lab.file("calls"), shortened=AT_MOST_ONCE)]
@@ -1828,12 +1822,12 @@ async def deployed(lab: Lab, queue: str, provider: Journal, grace: timedelta | N
 async def end_while_paying(lab: Lab, name: str, grace: timedelta | None) -> tuple[int, Ending, list[str]]:
     """SIGTERM to the worker while an order is paid for. Returns its exit status, the run's end, and the journal."""
     queue = f"{lab.id}-{name}"
-    async with deployed(lab, queue, Lasting(lab.file("journal"), name), grace) as child:
+    async with deployed_worker(lab, queue, Lasting(lab.file("journal"), name), grace) as child:
         order = await lab.start("Order", Purchase(queue), id=queue, task_queue=queue, start_signal="approve")
         await until(partial(ran, lab, order), "the order is being paid for")
-        os.kill(child.pid, signal.SIGTERM)
+        child.send(signal.SIGTERM)
         status = await child.wait()
-    async with deployed(lab, queue, Journal(lab.file("journal"), "the next worker")):
+    async with deployed_worker(lab, queue, Journal(lab.file("journal"), "the next worker")):
         how = await ended(order)
     return status, how, ran(lab, order)
 
@@ -1869,13 +1863,13 @@ async def rolled(lab: Lab) -> Evidence:
     queue = f"{lab.id}-rolled"
 
     def worker(name: str) -> contextlib.AbstractAsyncContextManager[Child]:
-        return deployed(lab, queue, Slow(lab.file("journal"), name))
+        return deployed_worker(lab, queue, Slow(lab.file("journal"), name))
 
     def running_on(child: Child) -> int:
         mine = [call for call in lab.calls() if call.pid == child.pid]
         return len(mine) - sum(call.pid == child.pid for call in lab.calls(what="ended"))
 
-    orders: list[WorkflowHandle[Any, Any]] = []
+    orders: list[Handle] = []
 
     async def busy(child: Child) -> bool:
         """Keep a few orders under way, and see whether this worker runs an activity."""
@@ -1887,9 +1881,9 @@ async def rolled(lab: Lab) -> Evidence:
     running, statuses = [], []
     async with worker("a") as first, worker("b") as second, worker("c"):
         for child in (first, second):
-            await until(partial(busy, child), "it runs an activity", every=0.2)
+            await until(partial(busy, child), "it runs an activity")
             running.append(running_on(child))
-            os.kill(child.pid, signal.SIGTERM)
+            child.send(signal.SIGTERM)
             statuses.append(await child.wait())
         how = [await ended(order) for order in orders]
     steps = [", ".join(step.split(" on ")[0] for step in ran(lab, order)) for order in orders]
@@ -1907,9 +1901,10 @@ async def rolled(lab: Lab) -> Evidence:
 async def migration(lab: Lab) -> AsyncIterator[Evidence]:
     """Three builds of one deployment; the journal says which build took which step of every order."""
     drained_in: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-    parts = (rollout(lab, drained_in), default_drainage(lab, drained_in), unversioned_beside(lab))
-    others = (annotated_but_unversioned(lab), told_to_end(lab), rolled(lab))
-    async for evidence in side_by_side(*parts, *others):
+    parts = (unversioned_beside, annotated_but_unversioned, told_to_end, rolled)
+    async for evidence in side_by_side(
+        rollout(lab, drained_in), default_drainage(lab, drained_in), *(part(lab) for part in parts)
+    ):
         yield evidence
     yield cited(
         "the server looks for open runs 180 s after a version stopped being current, unless it is set otherwise",
@@ -2186,9 +2181,9 @@ async def try_all(
             readers.append(reader(name, kind, ledger))
             expected[name] = "refused" if reads is None else str(reads)
     async with lab.worker([Courier], readers, task_queue=queue, client=client):
-        outcome: dict[str, str] = await client.execute_workflow(
-            "Courier", args=[list(parcels), *parcels.values()], id=queue, task_queue=queue
-        )
+        arguments: list[Any] = [list(parcels), *parcels.values()]
+        how = await ended(await lab.start("Courier", *arguments, name=library, task_queue=queue, client=client))
+    outcome: dict[str, str] = how.result or dict.fromkeys(parcels, str(how))
     found = dict(line.split(": ", 1) for line in notes(ledger))
     return {name: found.get(name, said.split(":")[0]) for name, said in outcome.items()}, expected
 
@@ -2227,7 +2222,7 @@ async def every_change(lab: Lab) -> list[Evidence]:
         ),
         holds(
             f"{len(CHANGES)} kinds of change in both directions with both libraries are read or refused as predicted",
-            tries=equal(len(found), len(CHANGES) * 4),
+            tries=len(found),
             **facts,
         ),
     ]
@@ -2262,9 +2257,7 @@ BONN = Address("Bonn", PARCEL, remark="ring twice")
 TO_BONN = "Bonn, MEDIUM, 700 g"
 
 
-async def begin_shipment(
-    lab: Lab, name: str, code: type, to: Any, queue: str | None = None
-) -> WorkflowHandle[Any, Any]:
+async def begin_shipment(lab: Lab, name: str, code: type, to: Any, queue: str | None = None) -> Handle:
     """Begin a shipment with one version of its type, and approve it when that version's worker is gone."""
     queue = queue or f"{lab.id}-{name}"
     async with lab.worker([code], [send], task_queue=queue):
@@ -2274,12 +2267,12 @@ async def begin_shipment(
     return handle
 
 
-def sent(lab: Lab, handle: WorkflowHandle[Any, Any]) -> list[str]:
+def sent(lab: Lab, handle: Handle) -> list[str]:
     """Where the shipment was sent, by the calls of the activity."""
     return [call.argument for call in lab.calls(handle.id)]
 
 
-async def complaint(handle: WorkflowHandle[Any, Any]) -> str:
+async def complaint(handle: Handle) -> str:
     """The first failed workflow task's whole chain of causes, or "" when none failed."""
     for event in (await handle.fetch_history()).events:
         if event.event_type == EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED:
@@ -2313,7 +2306,7 @@ async def default_added_live(lab: Lab) -> Evidence:
 async def break_live(lab: Lab) -> list[Evidence]:
     """A release adds a field without a default. It starts well; the open run is stuck until it is rolled back."""
     shipment = await begin_shipment(lab, "broken", Shipment, BONN)
-    replayed = await misfit([ShipmentWithRequired], await shipment.fetch_history(), sandbox())
+    replayed = await misfit(replayer_of(ShipmentWithRequired), await shipment.fetch_history())
     begun = time.monotonic()
     async with lab.worker([ShipmentWithRequired], [send], task_queue=shipment.id) as worker:
         await until_over(shipment)
@@ -2376,9 +2369,7 @@ async def migrate(lab: Lab) -> list[Evidence]:
     message, before = await complaint(old), sent(lab, old)
     async with worker(with_converter(lab.client, MIGRATING)):
         begun = await attempt_of(old)
-        await until(
-            partial(is_done_or_tried, old, begun + 2), "the run is finished, or was tried again in vain", every=LOOK
-        )
+        await until(partial(is_done_or_tried, old, begun + 2), "the run is finished, or was tried again in vain")
         status, after = await status_of(old), sent(lab, old)
         today = TownAddress("Ulm", WeighedParcel(Size.SMALL, 50), express=True)
         new = await lab.start("Shipment", today, name="today", task_queue=queue, start_signal="approve")
@@ -2407,13 +2398,13 @@ async def migrate(lab: Lab) -> list[Evidence]:
     ]
 
 
-async def attempt_of(handle: WorkflowHandle[Any, Any]) -> int:
+async def attempt_of(handle: Handle) -> int:
     """Which attempt at its workflow task a run is at; 0 when none is due."""
     return (await handle.describe()).raw_description.pending_workflow_task.attempt
 
 
-async def is_done_or_tried(handle: WorkflowHandle[Any, Any], attempt: int) -> bool:
-    return await status_of(handle) != "RUNNING" or await attempt_of(handle) >= attempt
+async def is_done_or_tried(handle: Handle, attempt: int) -> bool:
+    return await is_closed(handle) or await attempt_of(handle) >= attempt
 
 
 def reread(converter: DataConverter, written: Fields, kind: type) -> Any:
@@ -2503,7 +2494,7 @@ async def odd_payloads(lab: Lab) -> list[Evidence]:
 async def sent_around(lab: Lab, client: Client, queue: str, id: str, value: Any) -> str:
     """What became of a value: "kept" when the activity was given it, and the client got it back."""
     try:
-        handle = await client.start_workflow(Echo.run, value, id=id, task_queue=queue)
+        handle = await lab.start(Echo.run, value, id=id, task_queue=queue, client=client)
     except (RecursionError, ValueError) as error:  # pydantic's is a ValueError
         described = await refusal(client.get_workflow_handle(id))
         return REFUSED if described == "NOT_FOUND" else f"{type(error).__name__}, {described or 'described'}"
@@ -2523,8 +2514,8 @@ async def shown_by_cli(lab: Lab, id: str) -> str:
 @VR.item("VR-04", "Schema evolution", seconds=150)
 async def schema_evolution(lab: Lab) -> AsyncIterator[Evidence]:
     """Every kind of change is written by one side and read by the other; then open runs meet changed types."""
-    parts = (every_change(lab), break_live(lab), default_added_live(lab), migrate(lab), odd_payloads(lab))
-    async for evidence in side_by_side(*parts):
+    parts = (every_change, break_live, default_added_live, migrate, odd_payloads)
+    async for evidence in side_by_side(*(part(lab) for part in parts)):
         yield evidence
     yield native(
         "defaults and converters are part of the SDK, but reading what was renamed or retyped is the user's to write",

@@ -62,7 +62,7 @@ FALLS = [
     Fall("VR-02", "async for one in results if one.replay_failure}",
          'async for one in results if "TMPRL1100" in str(one.replay_failure)}', 3, ["replaying every open run"]),
     # Replay notices other options: the type's name stands for them here.
-    Fall("VR-02", "await misfit([code], history, sandbox())", "await misfit([Delivery], history, sandbox())", 4,
+    Fall("VR-02", "await misfit(replayer_of(code), history)", "await misfit(replayer_of(Delivery), history)", 4,
          ["a changed timer length", "a changed timeout", "a changed retry policy"]),
     # The step in front is not there.
     Fall("VR-02", '    steps = ("screen", "pay")', '    steps = ("pay",)', 4, ["a changed activity argument"]),
@@ -89,8 +89,9 @@ FALLS = [
     Fall("VR-03", "        await workflow.wait_condition(lambda: self.approved)\n        raise RuntimeError",
          "        await do(Crew.screen, purchase)\n"
          "        await workflow.wait_condition(lambda: self.approved)\n        raise RuntimeError", None),
-    # An order is missing.
-    Fall("VR-03", "5 + 20 + 10 + 5 + 5)", "5 + 20 + 10 + 5 + 6)", 3, ["no run is lost or doubled"]),
+    # Of every order a step is missing.
+    Fall("VR-03", "for step in ran(way.lab, order)] for order", "for step in ran(way.lab, order)[1:]] for order", 3,
+         ["no run is lost or doubled"]),
     # The field that should have a default has none.
     Fall("VR-04", '"express": (bool, False)}', '"express": bool}', 2, ["a field added with a default is read"]),
     # The field that should have no default has one: nothing is stuck.
