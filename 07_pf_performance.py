@@ -6,7 +6,7 @@ stand one on a file, and a real cluster where one is prepared. A figure says as 
 Temporal, so no verdict rests on one: each compares what was measured by turns in one run.
 """
 
-from cluster import Cluster
+from cluster import Bucket, Cluster
 from common import (
     HERE,
     Category,
@@ -36,7 +36,10 @@ from common import (
     works,
 )
 from harness.given import between as stranger
+from harness.servers import Guard, make_folder
+from harness.services import Place as Site
 from harness.services import together
+from harness.systems import NO_PROGRAMS
 from lab import (
     PATIENT,
     TUNED,
@@ -45,6 +48,7 @@ from lab import (
     Lab,
     count_events,
     ended,
+    failed_tasks,
     is_closed_or_stuck,
     name_of,
     note,
@@ -53,6 +57,7 @@ from lab import (
     requires,
     run,
     slow,
+    slowness,
     status_of,
     until,
 )
@@ -61,6 +66,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -2110,6 +2116,116 @@ async def external_storage(lab: Lab, room: Room) -> list[Evidence]:
     ]
 
 
+BY_S3 = "the SDK's own driver keeps them in an S3 bucket: 6 MB all four ways arrive whole, and the history stays small"
+BUCKET_SILENT = (
+    "while the bucket does not answer, a start that needs it fails to its caller and leaves no run; a run whose "
+    "argument is in it waits, and completes once the bucket answers"
+)
+NOT_IN_S3 = "the same 6 MB without the driver are refused"
+BUCKET_LOST = "with the bucket lost the result is gone, and the driver says so"
+S3_DRIVER = "temporalio.contrib.aws.s3driver.S3StorageDriver"
+
+
+@contextlib.asynccontextmanager
+async def open_bucket() -> AsyncIterator[Bucket]:
+    """An empty bucket of moto's S3 server, ended with the block. Raises NotRun where moto is not installed."""
+    for module in ("moto", "aioboto3"):
+        if importlib.util.find_spec(module) is None:
+            raise NotRun(f"{module} is not installed, which a bucket needs: uv sync --group cluster")
+    folder = make_folder()
+    site = Site(NO_PROGRAMS, folder, Guard(folder), None)
+    try:
+        bucket = Bucket(site)
+        await bucket.start(60 * slowness())
+        yield bucket
+    finally:
+        site.close()
+
+
+@contextlib.asynccontextmanager
+async def kept_in(bucket: Bucket) -> AsyncIterator[DataConverter]:
+    """A data converter with the SDK's driver for a bucket."""
+    import aioboto3
+    from aiobotocore.config import AioConfig
+    from temporalio.contrib.aws.s3driver import S3StorageDriver
+    from temporalio.contrib.aws.s3driver.aioboto3 import new_aioboto3_client
+
+    # Loopback is not asked for through a proxy, and a bucket that does not answer is soon given up.
+    config = AioConfig(proxies={}, connect_timeout=2, read_timeout=3 * slowness(), retries={"max_attempts": 0})
+    async with aioboto3.Session().client(
+        "s3", endpoint_url=bucket.url, region_name="us-east-1", config=config,
+        aws_access_key_id="evaluation", aws_secret_access_key="evaluation",
+    ) as client:  # fmt: skip
+        driver = S3StorageDriver(client=new_aioboto3_client(client), bucket=bucket.NAME)
+        yield DataConverter(external_storage=ExternalStorage(drivers=[driver]))
+
+
+async def failure_of(call: Awaitable[object]) -> str:
+    """What a call that needs a storage driver fails with, or "no error"."""
+    try:
+        await call
+    except Exception as error:
+        told = [str(one) for one in causes(error)]
+        return next((one for one in told if "StorageDriver" in one), told[0])
+    return "no error"
+
+
+@piece(holds(BY_S3), holds(BUCKET_SILENT), control(NOT_IN_S3), control(BUCKET_LOST))
+async def by_s3(lab: Lab, room: Room) -> list[Evidence]:
+    """Six megabytes through a bucket that works, that does not answer for a while, and that is gone."""
+    requires(S3_DRIVER)
+    data = await asyncio.to_thread(os.urandom, 6 * MB)
+    async with open_bucket() as bucket, kept_in(bucket) as converter:
+        async with Relay.open(lab, "s3", converter) as relay:
+            sent = await relay.send(data)
+        keys = bucket.keys()
+        waiting = await relay.start(Stamp.run, data)
+        bucket.pause()
+        unheard = await failure_of(
+            relay.client.start_workflow(Stamp.run, data, id=f"{lab.id}-silent", task_queue=lab.id)
+        )
+        async with Relay.open(lab, "s3", converter):
+            await until(lambda: failed_tasks(waiting), "the worker has asked the bucket in vain", 120)
+            (why, *_), status = await failed_tasks(waiting), await status_of(waiting)
+            bucket.resume()
+            begun = time.monotonic()
+            whole = await waiting.result() == data
+            seconds = time.monotonic() - begun
+        bucket.kill()
+        lost = await failure_of(sent.handle.result())
+    start = await refused(lab.start(Stamp.run, data, name="no-driver", task_queue=f"{lab.id}-nobody"))
+    store, retrieve = "S3StorageDriver store failed", "S3StorageDriver retrieve failed"
+    return [
+        holds(
+            BY_S3,
+            whole=equal(sent.whole, True),
+            bytes_of_history=at_most(sent.history, 20 * KB),
+            objects_in_the_bucket=at_least(len(keys), 1),
+            all_four_ways=figure(sent.seconds, "s"),
+        ),
+        holds(
+            BUCKET_SILENT,
+            start=contains(without_details(unheard), store),
+            then_the_run_is=equal(await described(lab, "silent"), "NOT_FOUND"),
+            the_run_that_waits_is=equal(status, "RUNNING"),
+            its_workflow_task_failed_with=contains(without_details(why), retrieve),
+            whole_once_it_answers=equal(whole, True),
+            after=figure(seconds, "s"),
+        ),
+        control(
+            NOT_IN_S3,
+            start=room.refuses(start, len(data)),
+            then_the_run_is=equal(await described(lab, "no-driver"), "NOT_FOUND"),
+        ),
+        control(BUCKET_LOST, reading_the_result_again=contains(without_details(lost), retrieve)),
+    ]
+
+
+def without_details(text: str) -> str:
+    """What a driver said, without bucket and key, which are other ones in each run."""
+    return text.partition(" [")[0]
+
+
 @PF.item("PF-03", "Payload size limits", seconds=300)
 async def payload_size_limits(lab: Lab) -> AsyncIterator[Evidence]:
     """Payloads of growing size, over the limit each way, compressed, encrypted, and kept elsewhere."""
@@ -2118,8 +2234,9 @@ async def payload_size_limits(lab: Lab) -> AsyncIterator[Evidence]:
     parts = (refused_to_the_caller, over_the_limit, unchecked, compressed)
     async for evidence in side_by_side(*(part(lab, room) for part in parts), encryption(lab), odd_values(lab)):
         yield evidence
-    for evidence in await external_storage(lab, room):
-        yield evidence
+    for part in (external_storage, by_s3):
+        for evidence in await part(lab, room):
+            yield evidence
     yield native(
         "codecs are a place to plug one's own into, and no codec comes with the SDK",
         PayloadCodec,
@@ -2135,6 +2252,7 @@ async def payload_size_limits(lab: Lab) -> AsyncIterator[Evidence]:
         "temporalio.converter.ExternalStorage(drivers)",
         "temporalio.converter.StorageDriver",
         "temporalio.converter.StorageDriverClaim",
+        S3_DRIVER,
         adds=[FolderStorage.__name__],
     )
     yield storage

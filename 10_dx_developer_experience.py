@@ -35,6 +35,7 @@ from common import (
 from harness.lesson import copy_of
 from harness.services import together
 from harness.settings import CLI_ALONE, cli_environment, find_program
+from harness.systems import ForeignWorker, prepared, running
 from lab import (
     PATIENT,
     Handle,
@@ -551,7 +552,7 @@ async def sdk_design(lab: Lab) -> AsyncIterator[Evidence]:
 
 # DX-02 Language support ------------------------------------------------------------------------------
 # Between languages there are names and JSON, and a task queue decides which language does the work. Name things in
-# the contract's words, say what type comes back, and send nothing that only one language understands.
+# the contract's words, failures too, say what type comes back, and send nothing that only one language understands.
 
 
 @dataclass
@@ -569,6 +570,7 @@ class Quote:
 @dataclass
 class Label:
     text: str
+    permit: str
     by: str
 
 
@@ -606,7 +608,17 @@ class Party:
 
 @activity.defn(name="label")
 async def label(crate: Crate) -> str:
+    if not crate.article:
+        # The other language has no such class of exceptions: it knows a failure by its type alone.
+        raise ApplicationError("an article has a name", type="Nameless", non_retryable=True)
     return f"{crate.pieces} x {crate.article}"
+
+
+@workflow.defn(name="Permit")
+class Permit:
+    @workflow.run
+    async def run(self, crate: Crate) -> str:
+        return f"permit for {crate.pieces}"
 
 
 @workflow.defn(name="Export")
@@ -625,7 +637,7 @@ class Export:
         parcel = await workflow.execute_child_workflow(
             "Parcel", args=[order.crate, workflow.info().task_queue], result_type=Label, task_queue=order.abroad
         )
-        return [f"{quote.total} by {quote.by}", f"{parcel.text} by {parcel.by}"]
+        return [f"{quote.total} by {quote.by}", f"{parcel.text}, {parcel.permit}, by {parcel.by}"]
 
 
 @activity.defn(name="quote")
@@ -636,16 +648,24 @@ async def quote_in_python(crate: Crate) -> Quote:
 
 @workflow.defn(name="Parcel")
 class ParcelInPython:
+    """Calls home in turn."""
+
     @workflow.run
     async def run(self, crate: Crate, home: str) -> Label:
-        text = await workflow.execute_activity(
-            "label", crate, result_type=str, task_queue=home, start_to_close_timeout=timedelta(seconds=30)
-        )
-        return Label(text, "Parcel")
+        try:
+            text = await workflow.execute_activity(
+                "label", crate, result_type=str, task_queue=home, start_to_close_timeout=timedelta(seconds=30)
+            )
+        except ActivityError as error:
+            if not isinstance(error.cause, ApplicationError):
+                raise
+            text = f"refused as {error.cause.type}"
+        permit = await workflow.execute_child_workflow("Permit", crate, result_type=str, task_queue=home)
+        return Label(text, permit, "Parcel")
 
 
 async def example_dx_02(client: Client) -> None:
-    home = Worker(client, task_queue="home", workflows=[Party, Export], activities=[label])
+    home = Worker(client, task_queue="home", workflows=[Party, Export, Permit], activities=[label])
     abroad = Worker(client, task_queue="abroad", workflows=[ParcelInPython], activities=[quote_in_python])
     async with home, abroad:
         # As any other client would: temporal workflow start --type Party --task-queue home --input '"Ada"'
@@ -720,38 +740,6 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-TS_WORKER = """\
-const { NativeConnection, Worker, Runtime, DefaultLogger } = require('@temporalio/worker');
-
-const activities = { async quote(crate) { return { total: crate.pieces * 3, by: 'node' }; } };
-
-async function main() {
-  Runtime.install({ logger: new DefaultLogger('ERROR') });
-  const connection = await NativeConnection.connect({ address: process.env.SHOP_ADDRESS });
-  const taskQueue = process.env.SHOP_QUEUE;
-  const worker = await Worker.create({
-    connection, taskQueue, activities, workflowsPath: require.resolve('./workflows.js'),
-  });
-  await worker.run();
-}
-
-main().catch((error) => { console.error(error); process.exit(1); });
-"""
-TS_WORKFLOWS = """\
-const { proxyActivities, workflowInfo } = require('@temporalio/workflow');
-
-exports.Parcel = async function Parcel(crate, home) {
-  const python = proxyActivities({ taskQueue: home, startToCloseTimeout: '30 seconds' });
-  return { text: await python.label(crate), by: `TypeScript's ${workflowInfo().workflowType}` };
-};
-"""
-TYPESCRIPT = HERE / ".typescript"
-PREPARE = (
-    "npm install --prefix .typescript @temporalio/worker@1 @temporalio/client@1 @temporalio/workflow@1 "
-    "@temporalio/activity@1"
-)
-
-
 class Pickled(PayloadCodec):
     """The control: what must not be sent where other languages read, Python's own format."""
 
@@ -782,50 +770,120 @@ class AskOnce:
         )
 
 
-TOGETHER = "TypeScript and Python work together: activity and child workflow there, activity here"
-CLEARLY = "a payload that only Python understands fails clearly in a TypeScript activity"
+@workflow.defn
+class Refused:
+    """Each side refuses something, and the other one says what it knows of that."""
 
-
-@piece(holds(TOGETHER), holds(CLEARLY))
-async def typescript(lab: Lab, server: Server) -> list[Evidence]:
-    node, queue, pickled_queue = shutil.which("node"), f"{lab.id}-node", f"{lab.id}-pickled-node"
-    if not node or not (TYPESCRIPT / "node_modules" / "@temporalio" / "worker").is_dir():
-        raise NotRun("node is not installed" if not node else f"TypeScript's SDK is not prepared: {PREPARE}")
-    Path(lab.file("worker.js")).write_text(TS_WORKER, encoding="utf-8")
-    Path(lab.file("workflows.js")).write_text(TS_WORKFLOWS, encoding="utf-8")
-    Path(lab.file("node_modules")).symlink_to(TYPESCRIPT / "node_modules")
-    output, order, begun = lab.file("node.txt"), Order(Crate("pears", 7), queue), time.monotonic()
-    pickled = await connect(server.target, data_converter=PICKLED)
-    async with (
-        lab.program(
-            node, lab.file("worker.js"), output=output, SHOP_ADDRESS=server.address, SHOP_QUEUE=queue
-        ) as worker,
-        lab.worker([Export], [label], server=server),
-        lab.worker([AskOnce], client=pickled, task_queue=pickled_queue),
-    ):
-        handle = await lab.start(Export.run, order, name="export", server=server)
-        answer = asyncio.ensure_future(handle.result())
-        # A worker that cannot start must not be waited for.
-        await until(lambda: answer.done() or not worker.alive, "node has answered", 150)
-        if not worker.alive:
-            raise RuntimeError(f"the TypeScript worker ended: {one_line(text_of(output), 300)}")
-        result, seconds = await answer, time.monotonic() - begun
-        unread = await ended(
-            await pickled.start_workflow(AskOnce.run, order, id=pickled_queue, task_queue=pickled_queue)
+    @workflow.run
+    async def run(self, order: Order) -> list[str]:
+        told = "not refused"
+        try:
+            await workflow.execute_activity(
+                "quote",
+                dataclasses.replace(order.crate, pieces=0),
+                task_queue=order.abroad,
+                start_to_close_timeout=PATIENT,
+            )
+        except ActivityError as error:
+            if isinstance(error.cause, ApplicationError):
+                told = f"refused as {error.cause.type}: {error.cause.message}, {error.cause.details}"
+        nameless = dataclasses.replace(order.crate, article="")
+        parcel = await workflow.execute_child_workflow(
+            "Parcel", args=[nameless, workflow.info().task_queue], result_type=Label, task_queue=order.abroad
         )
-        events = [one.get("activityTaskCompletedEventAttributes", {}) for one in await history_of(handle)]
+        return [told, parcel.text]
+
+
+# One trial for every SDK that is prepared here. All that is different is how its worker is started.
+
+LANGUAGES = ("java", "go", "typescript")
+TOGETHER = (
+    "every other SDK that is prepared here works with Python: each side's workflow calls the other's activity and child"
+)
+REFUSALS = "every other SDK that is prepared here: what one side refuses, the other knows by its type"
+CLEARLY = "every other SDK that is prepared here: a payload that only Python understands fails clearly in its activity"
+Facts = dict[str, Any]
+
+
+@piece(holds(TOGETHER), holds(REFUSALS), holds(CLEARLY))
+async def other_languages(lab: Lab, server: Server) -> list[Evidence]:
+    """One after the other, so that none is started more slowly for another's sake."""
+    there, missing = prepared(*LANGUAGES)
+    if not there:
+        how = f"uv run cluster.py prepare --with {','.join(LANGUAGES)}"
+        raise NotRun(f"no worker in another language is prepared: `{how}`, in minutes")
+    pickled = await connect(server.target, data_converter=PICKLED)
+    works_together, refusals, clearly = Facts(), Facts(), Facts()
+    async with (
+        lab.worker([Export, Refused, Permit], [label], server=server),
+        lab.worker([AskOnce], client=pickled, task_queue=f"{lab.id}-pickled"),
+    ):
+        for name in there:
+            async with running(name, server.client, f"{lab.id}-{name}") as worker:
+                works_together |= await both_ways(lab, server, worker)
+                refusals |= await both_refuse(lab, server, worker)
+                clearly |= await one_reads(lab, pickled, worker)
     return [
-        holds(
-            TOGETHER,
-            result=equal(result, ["21 by node", "7 x pears by TypeScript's Parcel"]),
-            its_activity_was_completed_by=equal(
-                [one["identity"].partition("@")[0] for one in events if one], [str(worker.pid)]
-            ),
-            processes=f"node {worker.pid}, Python {os.getpid()}",
-            after=figure(seconds, "s"),
-        ),
-        holds(CLEARLY, the_activity_failed_with=contains(unread.why, "Unknown encoding: binary/python-pickle")),
+        holds(TOGETHER, **works_together, not_looked_at=missing),
+        holds(REFUSALS, **refusals, not_looked_at=missing),
+        holds(CLEARLY, **clearly, not_looked_at=missing),
     ]
+
+
+async def result_of(handle: WorkflowHandle[Any, Any], worker: ForeignWorker) -> Any:
+    """The result of a workflow, for which a worker that ended is not waited for."""
+    answer = asyncio.ensure_future(handle.result())
+
+    def there() -> bool:
+        worker.check()
+        return answer.done()
+
+    try:
+        await until(there, f"the worker of the {worker.system.title} has answered", 120)
+        return await answer
+    finally:
+        answer.cancel()
+
+
+async def both_ways(lab: Lab, server: Server, worker: ForeignWorker) -> Facts:
+    """What the lesson does, with this worker abroad, and what it costs to have it."""
+    name, title = worker.name, await worker.version()
+    order = Order(Crate("pears", 7), worker.queue)
+    handle = await lab.start(Export.run, order, name=f"export-{name}", server=server)
+    quoted, parcel = await result_of(handle, worker)
+    events = [one.get("activityTaskCompletedEventAttributes", {}) for one in await history_of(handle)]
+    return {
+        f"{title}: its activity": equal(quoted, f"21 by {name}"),
+        f"{title}: Python's activity and child, called by its child": equal(
+            parcel, f"7 x pears, permit for 7, by {name}'s Parcel"
+        ),
+        f"{title}: its activity was completed by its process": equal(
+            [one["identity"].partition("@")[0] for one in events if one], [str(worker.pid)]
+        ),
+        f"{title}: lines of code": worker.lines,
+        f"{title}: processor time of its first build": figure(worker.build_seconds, "s"),
+        f"{title}: ready after": figure(worker.ready_after, "s"),
+        f"{title}: memory": figure(worker.memory / 1e6, "MB"),
+    }
+
+
+async def both_refuse(lab: Lab, server: Server, worker: ForeignWorker) -> Facts:
+    title, order = await worker.version(), Order(Crate("pears", 7), worker.queue)
+    handle = await lab.start(Refused.run, order, name=f"refused-{worker.name}", server=server)
+    in_python, abroad = await result_of(handle, worker)
+    crate = dataclasses.asdict(dataclasses.replace(order.crate, pieces=0))
+    return {
+        f"{title}: its refusal in Python": equal(in_python, f"refused as Empty: there is nothing to send, ({crate},)"),
+        f"{title}: Python's refusal in it": equal(abroad, "refused as Nameless"),
+    }
+
+
+async def one_reads(lab: Lab, pickled: Client, worker: ForeignWorker) -> Facts:
+    title, order = await worker.version(), Order(Crate("pears", 7), worker.queue)
+    queue = f"{lab.id}-pickled"
+    handle = await pickled.start_workflow(AskOnce.run, order, id=f"{queue}-{worker.name}", task_queue=queue)
+    how = await ended(handle)
+    return {f"{title}: the activity failed with": contains(one_line(how.why, 300), "binary/python-pickle")}
 
 
 async def only_python(lab: Lab) -> Evidence:
@@ -843,12 +901,13 @@ async def only_python(lab: Lab) -> Evidence:
     )
 
 
-@DX.item("DX-02", "Language support", seconds=240)
+@DX.item("DX-02", "Language support", seconds=300)
 async def language_support(lab: Lab) -> AsyncIterator[Evidence]:
-    """Go, plain HTTP and TypeScript talk to Python workers; then Python sends what only Python reads."""
+    """Clients in Go and plain HTTP, and workers in other languages, talk to Python workers; then Python sends what
+    only Python reads."""
     port = free_port()
     async with lab.private_server(arguments=["--http-port", str(port)]) as server:
-        parts = (go_client(lab), only_python(lab), plain_http(lab, server, port), typescript(lab, server))
+        parts = (go_client(lab), only_python(lab), plain_http(lab, server, port), other_languages(lab, server))
         async for evidence in side_by_side(*parts):
             yield evidence
     yield native(
@@ -861,12 +920,13 @@ async def language_support(lab: Lab) -> AsyncIterator[Evidence]:
         "temporal server start-dev --http-port",
         (workflow.execute_activity, "result_type"),
         (workflow.execute_child_workflow, "result_type"),
+        (ApplicationError, "type"),
         DataConverter,
         DefaultPayloadConverter,
     )
     yield cited(
-        "SDKs for Java, .NET, Ruby and PHP exist besides Python, Go and TypeScript",
-        "Java 1.38.0 (Maven Central, io.temporal:temporal-sdk); .NET 1.21.1 (NuGet, Temporalio); "
+        "SDKs for .NET, Ruby and PHP exist besides Python, Java, Go and TypeScript",
+        ".NET 1.21.1 (NuGet, Temporalio); "
         "Ruby, generally available since October 2025 (temporal.io/change-log/ruby-sdk-generally-available); "
         "PHP 2.x (Packagist, temporal/sdk); versions as of November 2026",
     )

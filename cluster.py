@@ -159,7 +159,7 @@ class Bucket(Archive, Process):
     def s3(self) -> Any:
         """A client of its API."""
         import boto3  # type: ignore[import-untyped]
-        from botocore.config import Config  # type: ignore[import-untyped]
+        from botocore.config import Config
 
         # Loopback is not asked for through a proxy, and a bucket that is down is not waited for.
         config = Config(proxies={}, connect_timeout=2, read_timeout=5, retries={"max_attempts": 0})

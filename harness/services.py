@@ -313,7 +313,8 @@ BUILD_TROUBLE = (
     ),
     (
         r"dial tcp|no such host|[Cc]onnection ?refused|i/o timeout|unreachable|dns error|error sending request"
-        r"|proxyconnect|handshake|[Nn]etwork connectivity is disabled|Could not connect",
+        r"|ECONN[A-Z]+|ENOTFOUND|EAI_AGAIN|ETIMEDOUT|proxyconnect|handshake"
+        r"|[Nn]etwork connectivity is disabled|Could not connect",
         "the network, or the registry behind it, cannot be reached. Run it again when it can (it goes on where it "
         "was), or name a folder with the official binaries in TEMPORAL_SERVER_PATH.",
     ),

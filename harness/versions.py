@@ -22,7 +22,7 @@ SINCE = {
     "temporalio.client.Client.execute_activity": "1.23.0",
     "temporalio.client.Client.get_activity_handle": "1.23.0",
     "temporalio.client.WorkflowHandle.cancel(reason)": "1.28.0",
-    "temporalio.contrib.aws.s3driver": "1.25.0",
+    "temporalio.contrib.aws.s3driver.S3StorageDriver": "1.25.0",
     "temporalio.contrib.langgraph": "1.27.0",
     "temporalio.contrib.opentelemetry.OpenTelemetryPlugin": "1.23.0",
     "temporalio.contrib.opentelemetry.create_tracer_provider": "1.23.0",

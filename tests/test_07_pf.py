@@ -155,6 +155,16 @@ FALLS = [
     Fall("PF-03", "if digest(data) != name:", "if not data:", 3, ["changed in storage"]),
     # The folder is not emptied.
     Fall("PF-03", "        path.unlink()\n", "        path.stat()\n", None, ["with the folder emptied"]),
+    # What is sent stays below a threshold from which on the driver is asked.
+    Fall("PF-03", "ExternalStorage(drivers=[driver]))\n\n\nasync def failure_of",
+         "ExternalStorage(drivers=[driver], payload_size_threshold=8 * MB))\n\n\nasync def failure_of", None),
+    # What is started while the bucket is silent needs none.
+    Fall("PF-03", 'Stamp.run, data, id=f"{lab.id}-silent"', 'Stamp.run, data[:9], id=f"{lab.id}-silent"', 3,
+         ["while the bucket does not answer"]),
+    # The bucket is not lost.
+    Fall("PF-03", "        bucket.kill()\n", "", None, ["with the bucket lost"]),
+    # The control sends little.
+    Fall("PF-03", 'data, name="no-driver"', 'data[:9], name="no-driver"', None, ["without the driver"]),
 ]  # fmt: skip
 
 if cluster_is_prepared():

@@ -1,15 +1,16 @@
 """Script 10 as a whole, and each of its verdicts made to fall by taking out what it rests on."""
 
+from harness.systems import SYSTEMS, prepared
+
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Fall, changed, check_falls, check_whole, evaluate, in_runs, name_of_run
+from helpers import ROOT, Fall, check_falls, check_whole, evaluate, in_runs, name_of_run
 
 SCRIPT = ROOT / "10_dx_developer_experience.py"
-TYPESCRIPT = ROOT / ".typescript"
-PREPARED = bool(shutil.which("node")) and (TYPESCRIPT / "node_modules" / "@temporalio" / "worker").is_dir()
+LANGUAGES = ("java", "go", "typescript")
 
 
 def test_the_whole_script(tmp_path: Path) -> None:
@@ -17,14 +18,28 @@ def test_the_whole_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.all
-def test_where_typescript_is_not_prepared_only_its_pieces_are_not_run(tmp_path: Path) -> None:
-    verdicts = evaluate(changed(SCRIPT, tmp_path), tmp_path, "DX-02")
+def test_where_no_other_language_is_prepared_only_its_pieces_are_not_run(tmp_path: Path) -> None:
+    verdicts = evaluate(SCRIPT, tmp_path, "DX-02", env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
     missing = [one["measured"] for one in verdicts.evidence("DX-02", "holds")]
-    assert len(missing) == 2
-    assert all("is not prepared: npm install" in one or "node is not installed" in one for one in missing)
+    assert len(missing) == 3
+    assert all(f"`uv run cluster.py prepare --with {','.join(LANGUAGES)}`" in one for one in missing)
     assert verdicts.stars("DX-02") == 3
     assert all(one["held"] for one in verdicts.evidence("DX-02", "works"))
     assert verdicts.code == 0
+
+
+@pytest.mark.all
+def test_one_prepared_language_is_enough_and_the_others_are_named(tmp_path: Path) -> None:
+    if not prepared("go")[0]:
+        pytest.skip(prepared("go")[1][0])
+    cache = tmp_path / "cache" / "temporal-example"
+    cache.mkdir(parents=True)
+    (cache / SYSTEMS["go"].folder.name).symlink_to(SYSTEMS["go"].folder)
+    verdicts = evaluate(SCRIPT, tmp_path, "DX-02", env={"XDG_CACHE_HOME": str(cache.parent)})
+    assert verdicts.stars("DX-02") == 5, verdicts.out
+    for one in verdicts.evidence("DX-02", "holds"):
+        assert "prepare --with java" in one["measured"]
+        assert "prepare --with typescript" in one["measured"]
 
 
 FALLS = [
@@ -116,21 +131,24 @@ FALLS = [
     Fall("DX-07", 'packed = await on_parcel(shipment, "throw away")', "packed = str(await workflow.sleep(1))", 4,
          ["told to do"]),
 ]  # fmt: skip
-if PREPARED:
+if prepared(*LANGUAGES)[0]:
     FALLS += [
-        Fall("DX-02", "crate.pieces * 3, by: 'node'", "crate.pieces * 2, by: 'node'", 3,
-             ["TypeScript and Python work"]),
+        # Python's child does something else than is expected of it, abroad.
+        Fall("DX-02", 'f"permit for {crate.pieces}"', 'f"permit for {crate.article}"', 3, ["works with Python"]),
+        # Python's failure is of another type.
+        Fall("DX-02", 'type="Nameless"', 'type="Unnamed"', 3, ["knows by its type"]),
+        # Nothing is asked for that the other language would refuse.
+        Fall("DX-02", "replace(order.crate, pieces=0),\n                task_queue",
+             "replace(order.crate, pieces=1),\n                task_queue", 3, ["knows by its type"]),
         # What only Python reads is not sent abroad.
         Fall("DX-02", "pickled = await connect(server.target, data_converter=PICKLED)",
-             "pickled = await connect(server.target)", 3, ["fails clearly in a TypeScript"]),
+             "pickled = await connect(server.target)", 3, ["fails clearly in its activity"]),
     ]  # fmt: skip
 
 
 @pytest.mark.hours
 @pytest.mark.parametrize("falls", in_runs(FALLS), ids=name_of_run)
 def test_a_verdict_falls(tmp_path: Path, falls: Sequence[Fall]) -> None:
-    if PREPARED:
-        (tmp_path / TYPESCRIPT.name).symlink_to(TYPESCRIPT.resolve())
     (tmp_path / "comparison").mkdir()
     shutil.copy(ROOT / "comparison" / "trip_on_dbos.py", tmp_path / "comparison")
     check_falls(SCRIPT, tmp_path, falls)

@@ -1,6 +1,7 @@
 """Script 11 as a whole, with a model of one's own, and each of its verdicts made to fall."""
 
 from harness.settings import CLI_ALONE
+from harness.systems import prepared
 
 import importlib.util
 import multiprocessing
@@ -192,7 +193,8 @@ FALLS = [
     Fall("AI-05", "RetryPolicy(maximum_attempts=6)", "RetryPolicy(maximum_attempts=1)", 3,
          ["OpenAI Agents SDK by Temporal's plugin: a tool that fails",
           "OpenAI Agents SDK by Temporal's plugin: worker killed",
-          "Pydantic AI by its own integration: worker killed", "LangGraph by Temporal's plugin: worker killed"],
+          "Pydantic AI by its own integration: worker killed", "LangGraph by Temporal's plugin: worker killed",
+          "a framework inside an activity"],
          alone=True),
     # No agent is evicted.
     Fall("AI-05", "max_cached_workflows=1)", "max_cached_workflows=100)", 3, ["evicted in mid-tool"]),
@@ -220,6 +222,20 @@ FALLS = [
     Fall("AI-06", "        topic, patience = json.loads", "        return await super().use(call, tools)\n"
          "        topic, patience = json.loads", None, ["one tool that fails"]),
 ]  # fmt: skip
+if prepared("crewai")[0]:
+    FALLS += [
+        # The worker with the crew is not killed: nothing starts over.
+        Fall("AI-05", "        worker.kill()\n        open_gate(gate)\n        await worker.start(120 * slowness())\n",
+             "        open_gate(gate)\n", 3, ["each that is prepared here"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.all
+def test_where_crewai_is_not_prepared_no_star_is_lost_and_it_is_named(tmp_path: Path) -> None:
+    verdicts = evaluate(SCRIPT, tmp_path, "AI-05", env={"XDG_CACHE_HOME": str(tmp_path / "cache")} | STAND_IN)
+    assert verdicts.stars("AI-05") == 4, verdicts.out
+    (seen,) = (one for one in verdicts.evidence("AI-05", "holds") if "each that is prepared here" in one["claim"])
+    assert "CrewAI is not prepared: `uv run cluster.py prepare --with crewai`" in seen["measured"]
 
 
 @pytest.mark.hours

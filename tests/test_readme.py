@@ -2,6 +2,7 @@
 
 from common import STAR_NEEDING, Category, parse
 from harness.settings import KNOWN, OF_THE_SDK, OLD_NAMES
+from harness.systems import SYSTEMS
 
 import re
 import tomllib
@@ -36,10 +37,12 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
     assert not ITEM.search(command) or "judged, mean" in done.stdout
 
 
-def test_what_npm_prepares_is_prepared_for_the_tests() -> None:
-    (command,) = (one for one in COMMANDS if ".typescript" in one)
-    prepared = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert [word for word in command.split() if word.startswith("@") and word not in prepared] == []
+def test_what_can_be_prepared_is_named_and_prepared_for_the_tests() -> None:
+    named = [name for one in COMMANDS for names in re.findall(r"--with (\S+)", one) for name in names.split(",")]
+    assert named == list(SYSTEMS)
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    prepared = " ".join(re.findall(r"systems=\S+|for system in .*;", script))
+    assert [name for name in named if not re.search(rf"\b{name}\b", prepared)] == []
 
 
 def test_the_verdicts_at_a_glance() -> None:

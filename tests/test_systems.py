@@ -1,16 +1,20 @@
-"""The systems around a cluster: prepared by name, started one at a time, gone afterwards, and not run where missing."""
+"""The systems around a server: prepared by name, started, gone afterwards, and not run where missing."""
 
 from common import NotRun, Unusable
-from harness.services import find_programs
-from harness.systems import SYSTEMS, chosen, prepared, running
+from harness.servers import Guard
+from harness.services import Ended, Failed, find_programs
+from harness.systems import SYSTEMS, chosen, prepared, run_to_end, running
 
 import asyncio
+import shutil
 import socket
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers import ROOT, Verdicts, changed, evaluate, run
+from servers import given_server
+from temporalio.client import Client
 
 pytestmark = pytest.mark.all
 
@@ -41,6 +45,17 @@ def test_what_is_not_prepared_says_how_it_is(tmp_path: Path, monkeypatch: pytest
         assert f"--with {name}" in why or "mariadb-server-core" in why
 
 
+def test_what_prepares_and_does_not_end_is_ended(tmp_path: Path) -> None:
+    guard = Guard(tmp_path / "left")
+    try:
+        with pytest.raises(Failed, match="sleep did not end within 0 s"):
+            asyncio.run(run_to_end(guard, "sleep", "60", seconds=0.1))
+        with pytest.raises(Failed, match=r"ls failed: .*nothing-there"):
+            asyncio.run(run_to_end(guard, "ls", tmp_path / "nothing-there"))
+    finally:
+        guard.close()
+
+
 def test_one_that_is_damaged_counts_as_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted preparation leaves nothing that looks whole."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -51,8 +66,69 @@ def test_one_that_is_damaged_counts_as_not_prepared(tmp_path: Path, monkeypatch:
         SYSTEMS["kafka"].check()
 
 
+WORKERS = [name for name, system in SYSTEMS.items() if system.process.built]
+
+
+def test_the_version_that_is_said_is_the_one_that_is_fetched() -> None:
+    for system in SYSTEMS.values():
+        if system.sources.exists():
+            files = [one.read_text(encoding="utf-8") for one in system.sources.iterdir() if one.is_file()]
+            assert any(system.version in one for one in files), system.title
+
+
+def test_workers_of_other_sources_count_as_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built of other lines than stand there now would show something else than is read."""
+    before = {name: SYSTEMS[name].folder for name in WORKERS}
+    shutil.copytree(ROOT / "systems", tmp_path / "systems")
+    monkeypatch.setattr("harness.systems.HERE", tmp_path)
+    assert {name: SYSTEMS[name].folder for name in WORKERS} == before
+    for name in WORKERS:
+        source = next((tmp_path / "systems" / name).glob("[Ww]orker.*"))
+        source.write_text(source.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        with pytest.raises(NotRun, match=f"prepare --with {name}"):
+            SYSTEMS[name].check()
+
+
+@pytest.mark.parametrize("name", [name for name in WORKERS if name != "crewai"])
+def test_a_worker_polls_comes_back_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    if not prepared(name)[0]:
+        pytest.skip(prepared(name)[1][0])
+
+    async def live(address: str) -> tuple[list[psutil.Process], Path]:
+        client = await Client.connect(address)
+        async with running(name, client, "abroad") as worker:
+            first = psutil.Process(worker.pid)
+            assert worker.lines > 30
+            assert worker.memory > 5e6
+            assert worker.ready_after > 0
+            worker.kill()
+            assert not first.is_running()
+            await worker.start(180)  # until the server has seen the new process poll
+            return [first, psutil.Process(worker.pid)], worker.place.folder
+
+    (tmp_path / "server").mkdir()
+    with given_server(tmp_path / "server", "default") as server:
+        processes, folder = asyncio.run(live(server.address))
+    assert not any(one.is_running() for one in processes)
+    assert not folder.exists()
+
+
+def test_a_worker_that_cannot_begin_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not prepared("go")[0]:
+        pytest.skip(prepared("go")[1][0])
+    monkeypatch.setattr("harness.systems.ForeignWorker.arguments", ("127.0.0.1:1", "abroad"))
+
+    async def live(address: str) -> None:
+        async with running("go", await Client.connect(address), "abroad"):
+            raise AssertionError("it has begun")
+
+    (tmp_path / "server").mkdir()
+    with given_server(tmp_path / "server", "default") as server, pytest.raises(Ended, match="refused"):
+        asyncio.run(live(server.address))
+
+
 @pytest.mark.hours
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in WORKERS])
 def test_it_starts_comes_back_and_leaves_nothing(name: str) -> None:
     if not prepared(name)[0]:
         pytest.skip(prepared(name)[1][0])
