@@ -6,6 +6,7 @@ it does in a plain program, what the server adds to it (a timer without a proces
 of its own), and where the server's limits show through the plain code.
 """
 
+from cluster import Cluster
 from common import (
     Category,
     Evidence,
@@ -37,6 +38,7 @@ from lab import (
     Fault,
     Handle,
     Lab,
+    Reached,
     Server,
     count_events,
     end,
@@ -2181,7 +2183,7 @@ async def submit(
     customers: Sequence[str],
     priorities: Mapping[str, Priority] | None = None,
     *,
-    server: Server | None = None,
+    server: Reached | None = None,
     queue: str = "",
 ) -> "Submitted":
     """Start an activity per customer, one after the other, on a queue of their own."""
@@ -2238,7 +2240,7 @@ class Usher:
         await asyncio.gather(*starts)
 
 
-async def carried(lab: Lab, server: Server | None, load: Load) -> WorkflowHandle[Any, Any]:
+async def carried(lab: Lab, server: Reached | None, load: Load) -> WorkflowHandle[Any, Any]:
     """Start the usher, and let it go when all is in its history: what then comes of the tickets is their queue's."""
     id = f"usher-{uuid.uuid4()}"
     queue = f"{lab.id}-{id}"
@@ -2350,6 +2352,32 @@ async def rate_limit(lab: Lab) -> list[Evidence]:
         control(SOONER, seconds=at_most(figure(free[-1], "s"), fastest(LOAD, RATE))),
         limit(FIRST_SECOND, given_out=at_least(first, 1.2 * RATE)),
     ]
+
+
+BY_TURNS = "a queue's rate is kept on a cluster whose matching is two processes, by turns with a dev server"
+
+
+async def rate_on_two_services(lab: Lab) -> Evidence:
+    """The same limited load on a dev server and on a cluster: one queue is there for all of its processes."""
+    seconds: dict[str, list[float]] = {"a dev server": [], "a cluster": []}
+    async with lab.private_server() as server, Cluster(services={"matching": 2}) as cluster:
+        places: dict[str, Reached] = {"a dev server": server, "a cluster": cluster}
+        for turn in range(2):
+            for name, place in places.items():
+                load = f"{name.split()[-1]}-{turn}"
+                submitted = await submit(lab, load, ["anyone"] * LOAD, server=place)
+                async with lab.worker(
+                    [], [serve], server=place, task_queue=f"{lab.id}-{load}", max_task_queue_activities_per_second=RATE
+                ):
+                    await all_served(lab, load, LOAD)
+                seconds[name].append((await submitted.given_out(LOAD))[-1])
+        matching = sum(one.alive for one in cluster.region.of("matching"))
+    return holds(
+        BY_TURNS,
+        matching_processes=equal(matching, 2),
+        **{name: at_least(figure(min(took), "s"), fastest(LOAD, RATE)) for name, took in seconds.items()},
+        **{f"{name}, the other turn": figure(max(took), "s") for name, took in seconds.items()},
+    )
 
 
 SLOW = 5
@@ -2508,7 +2536,8 @@ BY_WORKFLOW = (workflow.start_activity, (workflow.start_activity, "priority"))
 async def queues(lab: Lab) -> AsyncIterator[Evidence]:
     """Activities without a workflow, where there are such, make the load; a ledger counts, the server times them."""
     parts = (concurrency_limit, rate_limit, with_fairness, rate_at_run_time, fairness_is_off, four_partitions)
-    async for evidence in side_by_side(*(part(lab) for part in parts)):
+    others = [rate_on_two_services(lab)] if lab.on_cluster else []
+    async for evidence in side_by_side(*(part(lab) for part in parts), *others):
         yield evidence
     yield native(
         "limits are options of the worker, rates of the queue; priority and fairness are options of the call",

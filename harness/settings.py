@@ -90,7 +90,8 @@ KNOWN = (
 HEADER = "TEMPORAL_GRPC_META_"
 # What changes how libraries and programs behave, whatever it is good for elsewhere: no verdict may hang on it.
 ALTERING = (
-    *OF_THE_SDK, "OTEL_", "OPENAI_AGENTS_", "LANGSMITH_", "LANGCHAIN_", "LOGFIRE_", "PROMETHEUS_MULTIPROC_DIR", "GRPC_",
+    *OF_THE_SDK, "OTEL_", "OPENAI_AGENTS_", "LANGSMITH_", "LANGCHAIN_", "LOGFIRE_", "PROMETHEUS_MULTIPROC_DIR",
+    "GRPC_VERBOSITY", "GRPC_TRACE", "GRPC_POLL_STRATEGY",
     "NODE_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "PYTHONASYNCIODEBUG", "GODEBUG",
 )  # fmt: skip
 # What other tools call a setting that has another name here.
