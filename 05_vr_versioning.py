@@ -1597,7 +1597,7 @@ async def move_by_hand(way: Rollout, order: Handle, build: str) -> int:
 
 
 Subscriptions = list[Handle]
-TELLS_SINCE = (1, 30)  # of the server
+TELLS_SINCE = (1, 31)  # of the server: 1.30.1 did not when it was tried, 1.31.2 did
 
 
 async def subscribe(way: Rollout, *kinds: str) -> Subscriptions:
@@ -1608,7 +1608,7 @@ async def subscribe(way: Rollout, *kinds: str) -> Subscriptions:
     )
     version = (await way.client.workflow_service.get_system_info(GetSystemInfoRequest())).server_version
     if tuple(map(int, version.split(".")[:2])) < TELLS_SINCE:
-        raise NotRun(f"Temporal {version} does not tell a run of a new version of its code yet: it does since 1.30")
+        raise NotRun(f"Temporal {version} does not tell a run of a new version of its code yet: it does since 1.31")
     handles = []
     for kind in kinds:
         id = f"{way.queue}-{kind}"
