@@ -2116,7 +2116,9 @@ async def external_storage(lab: Lab, room: Room) -> list[Evidence]:
     ]
 
 
-BY_S3 = "the SDK's own driver keeps them in an S3 bucket: 6 MB all four ways arrive whole, and the history stays small"
+BY_S3 = (
+    "the SDK's own driver keeps payloads in an S3 bucket: 6 MB all four ways arrive whole, and the history stays small"
+)
 BUCKET_SILENT = (
     "while the bucket does not answer, a start that needs it fails to its caller and leaves no run; a run whose "
     "argument is in it waits, and completes once the bucket answers"
