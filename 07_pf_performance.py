@@ -49,10 +49,12 @@ from lab import (
     count_events,
     ended,
     failed_tasks,
+    history_of,
     is_closed_or_stuck,
     name_of,
     note,
     notes,
+    open_gate,
     refusal,
     requires,
     run,
@@ -1568,7 +1570,7 @@ class Relay:
         client, queue = await connect(lab.target, data_converter=converter), f"{lab.id}-{name}"
         noting = Digests(lab.file("digests"))
         async with lab.worker(
-            [Stamp, Weigh, Echo], [stamp, weigh, echo], client=client, task_queue=queue, watched=False,
+            [Stamp, Weigh, Echo, Pressing], [stamp, weigh, echo, press], client=client, task_queue=queue, watched=False,
             interceptors=[noting],
         ):  # fmt: skip
             yield cls(lab, client, queue)
@@ -2043,6 +2045,28 @@ def weigh(data: bytes) -> int:
     return len(data)
 
 
+@dataclass
+class Press:
+    ledger: str
+    gate: str
+    size: int
+
+
+@activity.defn
+async def press(how: Press) -> bytes:
+    """Notes that it runs, and answers with so many bytes once the gate is open."""
+    note(how.ledger, "pressed")
+    await until(Path(how.gate).exists, "the gate is open", 120)
+    return os.urandom(how.size)
+
+
+@workflow.defn
+class Pressing:
+    @workflow.run
+    async def run(self, how: Press) -> int:
+        return len(await workflow.execute_activity(press, how, start_to_close_timeout=PATIENT))
+
+
 async def by_driver(driver: FolderStorage, name: str) -> str:
     """How a driver refuses to read a claim, or "read"."""
     try:
@@ -2123,6 +2147,7 @@ BUCKET_SILENT = (
     "while the bucket does not answer, a start that needs it fails to its caller and leaves no run; a run whose "
     "argument is in it waits, and completes once the bucket answers"
 )
+RESULT_REFUSED = "an activity whose result the bucket does not take runs again, and its workflow completes"
 NOT_IN_S3 = "the same 6 MB without the driver are refused"
 BUCKET_LOST = "with the bucket lost the result is gone, and the driver says so"
 S3_DRIVER = "temporalio.contrib.aws.s3driver.S3StorageDriver"
@@ -2172,7 +2197,7 @@ async def failure_of(call: Awaitable[object]) -> str:
     return "no error"
 
 
-@piece(holds(BY_S3), holds(BUCKET_SILENT), control(NOT_IN_S3), control(BUCKET_LOST))
+@piece(holds(BY_S3), holds(BUCKET_SILENT), holds(RESULT_REFUSED), control(NOT_IN_S3), control(BUCKET_LOST))
 async def by_s3(lab: Lab, room: Room) -> list[Evidence]:
     """Six megabytes through a bucket that works, that does not answer for a while, and that is gone."""
     requires(S3_DRIVER)
@@ -2181,6 +2206,7 @@ async def by_s3(lab: Lab, room: Room) -> list[Evidence]:
         async with Relay.open(lab, "s3", converter) as relay:
             sent = await relay.send(data)
         keys = bucket.keys()
+        pressed = await answer_to_silence(lab, bucket, converter)
         waiting = await relay.start(Stamp.run, data)
         bucket.pause()
         unheard = await failure_of(
@@ -2214,6 +2240,7 @@ async def by_s3(lab: Lab, room: Room) -> list[Evidence]:
             whole_once_it_answers=equal(whole, True),
             after=figure(seconds, "s"),
         ),
+        pressed,
         control(
             NOT_IN_S3,
             start=room.refuses(start, len(data)),
@@ -2221,6 +2248,32 @@ async def by_s3(lab: Lab, room: Room) -> list[Evidence]:
         ),
         control(BUCKET_LOST, reading_the_result_again=contains(without_details(lost), retrieve)),
     ]
+
+
+async def answer_to_silence(lab: Lab, bucket: Bucket, converter: DataConverter) -> Evidence:
+    """The bucket falls silent while an activity runs whose result belongs there, until that runs again."""
+    how = Press(lab.file("pressed"), lab.gate("pressed"), 6 * MB)
+    async with Relay.open(lab, "pressed", converter) as relay:
+        handle = await relay.start(Pressing.run, how)
+        await until(lambda: notes(how.ledger), "the activity runs")
+        bucket.pause()
+        open_gate(how.gate)
+
+        async def is_over() -> bool:
+            return len(notes(how.ledger)) > 1 or await is_closed_or_stuck(handle)
+
+        await until(is_over, "it runs again, or not any more", 120)
+        bucket.resume()
+        how_it_ended = await ended(handle)
+    started = [one.get("activityTaskStartedEventAttributes", {}) for one in await history_of(handle)]
+    failure: dict[str, Any] = next((one["lastFailure"] for one in started if "lastFailure" in one), {})
+    said = failure.get("cause", failure).get("message", "")  # the server keeps the cause of what is too long
+    return holds(
+        RESULT_REFUSED,
+        bytes_of_its_result=equal(how_it_ended.result, how.size),
+        times_it_ran=at_least(len(notes(how.ledger)), 2),
+        the_time_before_failed_with=contains(without_details(said), "S3StorageDriver store failed"),
+    )
 
 
 def without_details(text: str) -> str:

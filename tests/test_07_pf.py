@@ -161,6 +161,12 @@ FALLS = [
     # What is started while the bucket is silent needs none.
     Fall("PF-03", 'Stamp.run, data, id=f"{lab.id}-silent"', 'Stamp.run, data[:9], id=f"{lab.id}-silent"', 3,
          ["while the bucket does not answer"]),
+    # It is not tried a second time.
+    Fall("PF-03", "press, how, start_to_close_timeout=PATIENT)",
+         "press, how, start_to_close_timeout=PATIENT, retry_policy=RetryPolicy(maximum_attempts=1))", 3,
+         ["whose result the bucket does not take"]),
+    # Its result is too small for the bucket.
+    Fall("PF-03", "return os.urandom(how.size)", "return os.urandom(9)", 3, ["whose result the bucket does not take"]),
     # The bucket is not lost.
     Fall("PF-03", "        bucket.kill()\n", "", None, ["with the bucket lost"]),
     # The control sends little.
