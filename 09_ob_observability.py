@@ -1100,7 +1100,7 @@ def bars(events: Sequence[Mapping[str, Any]]) -> list[Bar]:
         if kind in BEGINS:
             found[event["eventId"]] = Bar(summary_of(event) or type_name(what[BEGINS[kind]]), at, at)
         elif what.get("markerName") == "core_local_activity":
-            found[event["eventId"]] = local_activity(what)
+            found[event["eventId"]] = local_activity(what, at)
         elif begun in found and kind == "ACTIVITY_TASK_STARTED":
             found[begun] = replace(found[begun], attempts=what["attempt"])
         elif begun in found and (over := ENDS.search(kind)):
@@ -1120,15 +1120,17 @@ def type_name(type: Any) -> str:
     return str(type["name"] if isinstance(type, Mapping) else type)
 
 
-def local_activity(marker: Mapping[str, Any]) -> Bar:
-    """A local activity leaves one event, when it has ended; its times are in there, by the worker's clock."""
+def local_activity(marker: Mapping[str, Any], heard: datetime) -> Bar:
+    """A local activity leaves one event, when it has ended. `heard` is that event's time.
+
+    Its begin is in there, by the worker's clock. So is an end, but counted from the begin of the workflow task instead
+    of its own: where a worker was late it lies too early, and the bar lasts until the server heard of it.
+    """
     data = json.loads(base64.b64decode(marker["details"]["data"]["payloads"][0]["data"]))
-    begin, end = (
-        datetime.fromtimestamp(data[key]["seconds"], UTC) + timedelta(microseconds=data[key].get("nanos", 0) / 1000)
-        for key in ("original_schedule_time", "complete_time")
-    )
+    since = data["original_schedule_time"]
+    begin = datetime.fromtimestamp(since["seconds"], UTC) + timedelta(microseconds=since.get("nanos", 0) / 1000)
     how = "failed" if "failure" in marker else "completed"
-    return Bar(f"{data['activity_type']} (local)", begin, end, how, data["attempt"])
+    return Bar(f"{data['activity_type']} (local)", begin, heard, how, data["attempt"])
 
 
 def timeline(found: Sequence[Bar], width: int = 30) -> list[str]:
