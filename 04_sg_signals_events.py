@@ -30,6 +30,7 @@ from common import (
 )
 from harness.systems import running
 from lab import (
+    DELETES_SOON,
     Books,
     Handle,
     Lab,
@@ -1592,9 +1593,6 @@ async def started(lab: Lab, server: Server, order: Order) -> str:
 
 BY_CALLS = "a workflow is started by a client's call and by an HTTP POST to the server"
 FORGOTTEN = "an id is refused only for as long as the namespace retains the run: after that an event makes a second one"
-
-# A setting that no user has: what is deleted is gone within a second, instead of half a minute.
-DELETES_SOON = {"history.transferProcessorUpdateAckInterval": '"500ms"'}
 
 
 @piece(works(BY_CALLS), limit(FORGOTTEN))

@@ -57,6 +57,7 @@ from lab import (
     sandbox,
     soon,
     status_of,
+    together,
     until,
     waits,
     withhold,
@@ -131,17 +132,6 @@ VR = Category(
 )
 
 # What the items share --------------------------------------------------------------------------------
-
-
-async def together(*parts: Awaitable[T]) -> list[T]:
-    """asyncio.gather, but when one part fails the others are ended before it raises: no worker is left behind."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # VR-01 Workflow versioning ---------------------------------------------------------------------------

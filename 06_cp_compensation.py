@@ -27,7 +27,6 @@ from common import (
     side_by_side,
     works,
 )
-from harness.services import together
 from lab import (
     PROMPT,
     Books,
@@ -57,6 +56,7 @@ from lab import (
     said,
     soon,
     status_of,
+    together,
     until,
     where_there,
     withhold,

@@ -38,7 +38,6 @@ from common import (
 from harness.given import between as stranger
 from harness.servers import Guard, make_folder
 from harness.services import Place as Site
-from harness.services import together
 from harness.systems import NO_PROGRAMS
 from lab import (
     PATIENT,
@@ -61,6 +60,7 @@ from lab import (
     slow,
     slowness,
     status_of,
+    together,
     until,
 )
 

@@ -37,9 +37,10 @@ from common import (
     words,
     works,
 )
-from harness.services import KINDS, Failed, Process, together
+from harness.services import KINDS, Failed, Process
 from harness.systems import prepared, running
 from lab import (
+    DELETES_SOON,
     PATIENT,
     Books,
     Call,
@@ -71,6 +72,7 @@ from lab import (
     slow,
     soon,
     status_of,
+    together,
     until,
     withhold,
 )
@@ -158,10 +160,6 @@ T = TypeVar("T")
 Facts = dict[str, Any]  # by name, as evidence takes them
 USE_EXISTING = WorkflowIDConflictPolicy.USE_EXISTING
 Travelling = WorkflowHandle[Any, list[int]]
-
-# A call that deletes is done once the server's queue has noted that the closing was processed, which it does
-# only every 30 s unless it is set otherwise.
-DELETES_SOON = {"history.transferProcessorUpdateAckInterval": '"500ms"'}
 
 
 async def reply(call: Awaitable[object]) -> str:

@@ -31,7 +31,6 @@ from common import (
     slowness,
     works,
 )
-from harness.services import together
 from lab import (
     PROMPT,
     Child,
@@ -58,6 +57,7 @@ from lab import (
     requires,
     run,
     said,
+    together,
     until,
     waits,
 )

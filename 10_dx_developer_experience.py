@@ -33,7 +33,6 @@ from common import (
     works,
 )
 from harness.lesson import copy_of
-from harness.services import together
 from harness.settings import CLI_ALONE, cli_environment, find_program
 from harness.systems import ForeignWorker, prepared, running
 from lab import (
@@ -64,6 +63,7 @@ from lab import (
     sandbox,
     soon,
     status_of,
+    together,
     until,
     waits,
     where_there,

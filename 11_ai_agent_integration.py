@@ -35,7 +35,6 @@ from common import (
     slowness,
     works,
 )
-from harness.services import together
 from harness.systems import prepared, running
 from lab import (
     PROMPT,
@@ -66,6 +65,7 @@ from lab import (
     sandbox,
     soon,
     status_of,
+    together,
     until,
     withhold,
 )

@@ -25,6 +25,7 @@ from common import (
     refuse,
     stop_signals,
 )
+from harness.machine import together
 from harness.progress import Progress
 from harness.servers import port_is_free
 from harness.services import (
@@ -45,7 +46,6 @@ from harness.services import (
     lock_file,
     may_enter,
     prepare,
-    together,
 )
 from harness.systems import SYSTEMS, builds_for, chosen, prepare_systems
 from lab import until

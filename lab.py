@@ -66,8 +66,19 @@ from harness.looking import (
     status_of,
     waits,
 )
-from harness.machine import SLOW, until
-from harness.servers import TUNED, Finished, Guard, Server, download_cli, free_port, make_folder, port_is_free, tail
+from harness.machine import SLOW, together, until
+from harness.servers import (
+    DELETES_SOON,
+    TUNED,
+    Finished,
+    Guard,
+    Server,
+    download_cli,
+    free_port,
+    make_folder,
+    port_is_free,
+    tail,
+)
 from harness.settings import (
     CLI_ALONE,
     EVALUATED,
@@ -115,12 +126,13 @@ if TYPE_CHECKING:
 
 # What scripts, cluster.py and tests take from here though it stands in harness/.
 __all__ = [
-    "TUNED", "Call", "Child", "Ending", "Fault", "Finished", "Guard", "Handle", "HttpAnswer", "Nursery", "Server",
-    "count_events", "die", "die_before", "end", "ended", "event_times", "fail", "failed_tasks", "finds", "free_port",
-    "happened", "history_of", "hold", "http", "is_closed", "is_closed_or_stuck", "keywords_in", "lacks_yet", "listed",
-    "make_folder", "make_worker", "most_at_once", "name_of", "never_answer", "note", "notes", "outline", "overheard",
-    "pending", "port_is_free", "refusal", "refuse", "repeated", "requires", "said", "sandbox", "slow", "slowness",
-    "status_of", "tail", "until", "waits", "where_there", "withhold",
+    "DELETES_SOON", "TUNED", "Call", "Child", "Ending", "Fault", "Finished", "Guard", "Handle", "HttpAnswer",
+    "Nursery", "Server", "count_events", "die", "die_before", "end", "ended", "event_times", "fail", "failed_tasks",
+    "finds", "free_port", "happened", "history_of", "hold", "http", "is_closed", "is_closed_or_stuck",
+    "keywords_in", "lacks_yet", "listed", "make_folder", "make_worker", "most_at_once", "name_of", "never_answer",
+    "note", "notes", "outline", "overheard", "pending", "port_is_free", "refusal", "refuse", "repeated", "requires",
+    "said", "sandbox", "slow", "slowness", "status_of", "tail", "together", "until", "waits", "where_there",
+    "withhold",
 ]  # fmt: skip
 
 # 1. The lab ------------------------------------------------------------------------------------------

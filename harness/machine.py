@@ -8,9 +8,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 REFERENCE = 50.0  # million turns of the loop below a second: two quiet cores, Python 3.11
 SLOW = float(os.environ.get("EVALUATION_SLOW") or 4)  # times slower: from here on a loss may be slowness
@@ -114,3 +116,14 @@ async def until(condition: Callable[[], object], what: str, seconds: float = 60,
         if time.monotonic() > begun + seconds:
             raise TimeoutError(f"within {seconds:g} s it did not happen that {what}")
         await asyncio.sleep(every or (0.2 if asked else 0.05))
+
+
+async def together(*parts: Awaitable[T]) -> list[T]:
+    """Run parts at the same time. When one fails, or this is cancelled, the others have ended as well on return."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

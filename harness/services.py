@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -193,17 +193,6 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
             with contextlib.suppress(asyncio.CancelledError):  # a second time changes nothing
                 await asyncio.wait({work})
         raise
-
-
-async def together(*parts: Coroutine[Any, Any, T]) -> list[T]:
-    """Run parts at the same time. When one fails, or this is cancelled, the others have ended as well on return."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def prepare(
