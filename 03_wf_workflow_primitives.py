@@ -2186,25 +2186,27 @@ async def submit(
     server: Reached | None = None,
     queue: str = "",
 ) -> "Submitted":
-    """Start an activity per customer, one after the other, on a queue of their own."""
+    """Start an activity per customer, all at once, on a queue of their own.
+
+    On a slow machine it takes longer to start them one by one than a limited queue takes to give them out.
+    """
     client, prefix = server.client if server else lab.client, f"{lab.id}-{name}"
     tickets = [Ticket(customer, f"{prefix}-{number}") for number, customer in enumerate(customers)]
     places = [(priorities or {}).get(customer, Priority.default) for customer in customers]
     if not await stand_alone(client):
         return Submitted(usher=await carried(lab, server, Load(queue or prefix, tickets, places)))
-    return Submitted(
-        [
-            await client.start_activity(
-                serve,
-                ticket,
-                id=f"{prefix}-{uuid.uuid4()}",
-                task_queue=queue or prefix,
-                start_to_close_timeout=PATIENT,
-                priority=place,
-            )
-            for ticket, place in zip(tickets, places, strict=True)
-        ]
+    starts = (
+        client.start_activity(
+            serve,
+            ticket,
+            id=f"{prefix}-{uuid.uuid4()}",
+            task_queue=queue or prefix,
+            start_to_close_timeout=PATIENT,
+            priority=place,
+        )
+        for ticket, place in zip(tickets, places, strict=True)
     )
+    return Submitted(await asyncio.gather(*starts))
 
 
 START = "temporalio.client.Client.start_activity"
