@@ -27,8 +27,8 @@ from reports import (
 
 RECORD = load(ROOT / "results")
 COMPARISON = {
-    "REPORT.md": "Comparison with LangGraph, CrewAI, DBOS and Restate",
-    "REPORT_ja.md": "LangGraph・CrewAI・DBOS・Restate との比較",
+    "REPORT.md": "Comparison with LangGraph, CrewAI, DBOS, Restate and DBOSify",
+    "REPORT_ja.md": "LangGraph・CrewAI・DBOS・Restate・DBOSify との比較",
 }
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in COMPARISON}
 ENGLISH, JAPANESE = TEXTS.values()
