@@ -346,13 +346,7 @@ def test_types(name: str) -> None:
 
 
 def recorded() -> dict[str, Any]:
-    """The recorded run. One of an older form is no failure of the code, and is not passed over in silence either."""
-    file = ROOT / "results" / "comparison.json"
-    if not file.exists():
-        pytest.skip("there is no recorded run yet")
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if "load" not in record:
-        pytest.xfail("results/comparison.json is of an older form: uv run comparison/compare.py records it anew")
+    record: dict[str, Any] = json.loads((ROOT / "results" / "comparison.json").read_text(encoding="utf-8"))
     return record
 
 
