@@ -1,10 +1,13 @@
 """Script 01 as a whole, and each of its verdicts made to fall by taking out what it rests on."""
 
+from common import NotRun
+from harness.services import find_programs
+
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Fall, check_falls, check_whole, evaluate, in_runs, name_of_run
+from helpers import ROOT, Fall, changed, check_falls, check_whole, evaluate, in_runs, name_of_run
 
 SCRIPT = ROOT / "01_ex_execution_semantics.py"
 
@@ -144,6 +147,39 @@ FALLS = [
          ["raw random"]),
     Fall("EX-07", "for _ in range(30):", "for _ in range(3):", 3, ["a long history"]),
 ]  # fmt: skip
+
+
+ON_A_CLUSTER = "history, matching, frontend and database of a cluster"
+
+
+@pytest.fixture
+def _cluster() -> None:
+    try:
+        find_programs()
+    except NotRun as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.all
+@pytest.mark.usefixtures("_cluster")
+def test_progress_on_a_cluster_whose_services_are_killed(tmp_path: Path) -> None:
+    verdicts = evaluate(SCRIPT, tmp_path, "EX-01", "--cluster")
+    assert verdicts.stars("EX-01") == 5, verdicts.out
+    (seen,) = (one for one in verdicts.evidence("EX-01", "holds") if one["claim"].startswith(ON_A_CLUSTER))
+    assert seen["held"], verdicts.out
+    assert all(f"{service} at step" in seen["measured"] for service in ("history", "matching", "frontend", "database"))
+
+
+@pytest.mark.hours
+@pytest.mark.usefixtures("_cluster")
+def test_a_run_that_is_lost_among_killed_services_costs_the_star(tmp_path: Path) -> None:
+    """One run is terminated behind the evaluation's back."""
+    kill = "                process.kill()\n"
+    lost = "                await load.parcels[-1].terminate() if moment == moments[0] else None\n" + kill
+    verdicts = evaluate(changed(SCRIPT, tmp_path, (kill, lost)), tmp_path, "EX-01", "--cluster")
+    assert verdicts.stars("EX-01") == 3, verdicts.out
+    gone = [one["claim"] for one in verdicts.evidence("EX-01", "holds") if one["held"] is False]
+    assert [claim.startswith(ON_A_CLUSTER) for claim in gone] == [True], verdicts.out
 
 
 @pytest.mark.hours
