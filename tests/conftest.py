@@ -34,3 +34,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if re.match(r"test_(\d\d_|given_server)", item.path.name):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.fixture
+def _cluster() -> None:
+    """Skip what needs a real cluster where none is prepared."""
+    from common import NotRun
+    from harness.services import find_programs
+
+    try:
+        find_programs()
+    except NotRun as error:
+        pytest.skip(str(error))

@@ -1,8 +1,5 @@
 """Script 01 as a whole, and each of its verdicts made to fall by taking out what it rests on."""
 
-from common import NotRun
-from harness.services import find_programs
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,14 +147,6 @@ FALLS = [
 
 
 ON_A_CLUSTER = "history, matching, frontend and database of a cluster"
-
-
-@pytest.fixture
-def _cluster() -> None:
-    try:
-        find_programs()
-    except NotRun as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.all

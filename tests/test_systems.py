@@ -2,7 +2,7 @@
 
 from common import NotRun, Unusable
 from harness.servers import Guard
-from harness.services import Ended, Failed, find_programs
+from harness.services import Ended, Failed
 from harness.systems import SYSTEMS, chosen, prepared, run_to_end, running
 
 import asyncio
@@ -179,14 +179,6 @@ def test_what_kafka_shows_falls(tmp_path: Path, old: str, new: str, stars: int |
     verdicts = evaluate(changed(SG, tmp_path, (old, new)), tmp_path, "SG-03")
     assert verdicts.stars("SG-03") == stars, verdicts.out
     assert lost(verdicts, "SG-03", claim), verdicts.out
-
-
-@pytest.fixture
-def _cluster() -> None:
-    try:
-        find_programs()
-    except NotRun as error:
-        pytest.skip(str(error))
 
 
 # What PostgreSQL shows needs no other store.
