@@ -398,10 +398,14 @@ NO_PROGRAMS = Programs(Path(), Path(), None, Path())  # these need none of a clu
 
 @contextlib.asynccontextmanager
 async def _one_at_a_time() -> AsyncIterator[None]:
-    with (cache() / "systems.lock").open("w") as lock:
-        while not lock_file(lock.fileno()):
+    # The sources' folder, since the cache's is not there where every program is the machine's own.
+    lock = os.open(HERE / "systems", os.O_RDONLY)
+    try:
+        while not lock_file(lock):
             await asyncio.sleep(0.2)
         yield
+    finally:
+        os.close(lock)
 
 
 # 3. The systems --------------------------------------------------------------------------------------
