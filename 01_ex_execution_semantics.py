@@ -1008,8 +1008,9 @@ async def zombie(lab: Lab) -> Evidence:
     bank, id, gate = branch(lab, "zombie"), f"{lab.id}-zombie", lab.gate("zombie")
     parts = parts_of(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon(2)}})
     handle = await lab.start(Subscription.run, "zombie", 3, name="zombie", task_queue=id, task_timeout=soon(2))
-    # One poll, because each open one of a worker that stands still takes an attempt that must be waited for.
-    halted = parts | {"faults": [withhold("charge", gate, silent=True)], "max_concurrent_activity_task_polls": 1}
+    # One poll, because each open one of a worker that stands still takes a task that must be waited for.
+    polls = {"max_concurrent_activity_task_polls": 1, "max_concurrent_workflow_task_polls": 1}
+    halted = parts | polls | {"max_cached_workflows": 0, "faults": [withhold("charge", gate, silent=True)]}
     async with lab.worker_process(**halted, leaving=lab.file("zombie told")) as old:
         await until(lambda: lab.calls(id, "ended"), "the first attempt has had its effect")
         old.send(signal.SIGSTOP)
