@@ -394,21 +394,24 @@ class Lab:
         *arguments: Any,
         name: str,
         parts: Mapping[str, Any],
-        point: Callable[[], object],
+        point: Callable[[], object] | None = None,
         meanwhile: Callable[[], object] | None = None,
         **options: Any,
     ) -> "TakeOver":
         """The commonest drama: start a workflow, SIGKILL its worker at a point, and let another take over.
 
-        `parts` are arguments of worker_process() for both workers; `point` is waited for with until(), and
-        `meanwhile` is called when no worker is left. `options` are those of start().
+        `parts` are arguments of worker_process() for both workers; `point` is waited for with until(), or where there
+        is none, a fault of the parts kills the worker. `meanwhile` is called when no worker is left. `options` are
+        those of start(). Raises TimeoutError where the point does not come.
         """
         queue = f"{self.id}-{name}"
         parts = {"task_queue": queue, **parts}
         handle = await self.start(run, *arguments, name=name, task_queue=queue, **options)
         async with self.worker_process(**parts) as worker:
-            await until(point, f"{name} came to the point of the kill")
-            await worker.kill()
+            if point:
+                await until(point, f"{name} came to the point of the kill")
+                await worker.kill()
+            await worker.wait()
         killed, before = time.monotonic(), len(self.calls(handle.id))
         if meanwhile:
             met = meanwhile()

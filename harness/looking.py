@@ -62,11 +62,18 @@ def keywords_in(things: Sequence[type | Callable[..., Any]], *keywords: str) -> 
 
 
 async def ended(handle: Handle, seconds: float = 60) -> Ending:
-    """Wait until a run is closed, and say how. Raises TimeoutError after `seconds`, which grow on a slow machine."""
+    """Wait until a run is closed, and say how. Raises TimeoutError after `seconds`, which grow on a slow machine.
+
+    Of a run that the server does not know any more the status is "NOT_FOUND".
+    """
     result, why = None, ""
     try:
         async with asyncio.timeout(seconds * slowness()):
             result = await handle.result()
+    except RPCError as error:
+        if error.status != RPCStatusCode.NOT_FOUND:
+            raise
+        return Ending(error.status.name, why=error.message)
     except WorkflowFailureError as error:
         told = [one.message if isinstance(one, FailureError) else str(one) for one in causes(error.cause)]
         why = " <- ".join(one for one in told if one != "Activity task failed")
