@@ -231,7 +231,7 @@ OK, INVALID, DECLINED, DOWN = Answer(200), Answer(400), Answer(402), Answer(503)
 POLICIES = {
     "once": RetryPolicy(maximum_attempts=1),
     "four": RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_attempts=4),
-    "long": RetryPolicy(initial_interval=timedelta(seconds=20)),
+    "long": RetryPolicy(initial_interval=timedelta(seconds=20), backoff_coefficient=1),
     "growing": RetryPolicy(
         initial_interval=timedelta(seconds=0.5), backoff_coefficient=4, maximum_interval=timedelta(seconds=2.5)
     ),
