@@ -2438,16 +2438,20 @@ class Odd:
 
 
 REFUSED = "refused by the client, no run"
-ODD = (
-    Odd("a null byte", "a\0b", shown='"a\\u0000b"'),
-    Odd("a lone surrogate", "a\ud800b", by_pydantic=REFUSED, shown='"a\ufffdb"', limit="is replaced"),
-    Odd("2**53 + 1", 2**53 + 1, shown="9007199254740992", limit="is rounded"),
-    Odd("NaN", math.nan, shown="failed", limit="cannot be read"),
-    Odd("100 lists in each other", nested(100)),
-    Odd("100000 lists in each other", nested(100_000), by_default=REFUSED, by_pydantic=REFUSED),
-    Odd("an empty list", [], shown="null", limit="is shown as nothing"),
-    Odd("none", None),
-)
+
+
+def odd_ones() -> list[Odd]:
+    """The values. No constant, because the sandbox runs a module's top level anew for each run of a workflow."""
+    return [
+        Odd("a null byte", "a\0b", shown='"a\\u0000b"'),
+        Odd("a lone surrogate", "a\ud800b", by_pydantic=REFUSED, shown='"a\ufffdb"', limit="is replaced"),
+        Odd("2**53 + 1", 2**53 + 1, shown="9007199254740992", limit="is rounded"),
+        Odd("NaN", math.nan, shown="failed", limit="cannot be read"),
+        Odd("100 lists in each other", nested(100)),
+        Odd("100000 lists in each other", nested(100_000), by_default=REFUSED, by_pydantic=REFUSED),
+        Odd("an empty list", [], shown="null", limit="is shown as nothing"),
+        Odd("none", None),
+    ]
 
 
 async def odd_payloads(lab: Lab) -> list[Evidence]:
@@ -2455,11 +2459,12 @@ async def odd_payloads(lab: Lab) -> list[Evidence]:
     converters = {"default": DataConverter.default, "pydantic": pydantic_data_converter}
     facts: dict[str, Fact] = {}
     shown: dict[str, str] = {}
+    values = odd_ones()
     for library, converter in converters.items():
         client, queue = with_converter(lab.client, converter), f"{lab.id}-odd-{library}"
         async with lab.worker([Echo], [echo], task_queue=queue, client=client):
-            for odd in ODD:
-                id = f"{queue}-{ODD.index(odd)}"
+            for number, odd in enumerate(values):
+                id = f"{queue}-{number}"
                 expected = odd.by_default if library == "default" else odd.by_pydantic
                 facts[f"{odd.name} ({library})"] = equal(await sent_around(lab, client, queue, id, odd.value), expected)
                 if library == "default" and odd.shown:
@@ -2475,7 +2480,7 @@ async def odd_payloads(lab: Lab) -> list[Evidence]:
                 f"{odd.name} {odd.limit} by a reader in another language",
                 by_temporal_workflow_result=equal(shown[odd.name], odd.shown),
             )
-            for odd in ODD
+            for odd in values
             if odd.limit
         ),
     ]
