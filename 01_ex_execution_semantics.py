@@ -102,7 +102,7 @@ from temporalio.client import (
 from temporalio.common import RetryPolicy, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlreadyStartedError, is_cancelled_exception
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import Replayer, Worker
+from temporalio.worker import PollerBehaviorSimpleMaximum, Replayer, Worker
 from temporalio.worker.workflow_sandbox import RestrictedWorkflowAccessError, SandboxedWorkflowRunner
 
 EX = Category(
@@ -1016,8 +1016,9 @@ async def zombie(lab: Lab) -> Evidence:
     parts = parts_of(bank, task_queue=id, shortened={"charge": {"start_to_close_timeout": soon(2)}})
     handle = await lab.start(Subscription.run, "zombie", 3, name="zombie", task_queue=id, task_timeout=soon(2))
     # One poll, because each open one of a worker that stands still takes a task that must be waited for.
-    polls = {"max_concurrent_activity_task_polls": 1, "max_concurrent_workflow_task_polls": 1}
-    halted = parts | polls | {"max_cached_workflows": 0, "faults": [withhold("charge", gate, silent=True)]}
+    one = PollerBehaviorSimpleMaximum(maximum=1)
+    polls = {"activity_task_poller_behavior": one, "workflow_task_poller_behavior": one, "max_cached_workflows": 0}
+    halted = parts | polls | {"faults": [withhold("charge", gate, silent=True)]}
     async with lab.worker_process(**halted, leaving=lab.file("zombie told")) as old:
         await until(lambda: lab.calls(id, "ended"), "the first attempt has had its effect")
         old.send(signal.SIGSTOP)

@@ -119,7 +119,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from temporalio.client import Client
-from temporalio.worker import Worker
+from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
 if TYPE_CHECKING:
     from cluster import Cluster
@@ -230,12 +230,13 @@ class Reached(Protocol):
 class Lab:
     """What one item works with: names, files, workers and servers that no other item touches."""
 
-    def __init__(self, session: "Session", item: str, clients: Sequence[Client]) -> None:
+    def __init__(self, session: "Session", item: str, clients: Sequence[Client], sparing: bool = False) -> None:
         self._session = session
         self.id = f"{item}-{session.token}"
         self.task_queue = self.id
         self.client, self.target = clients[0], session.target
         self._for_workers = itertools.cycle(clients)
+        self._sparing = sparing
         self.seed = session.seed
         self.random = random.Random(f"{session.seed}/{item}")
         self.folder = session.folder / item
@@ -340,6 +341,9 @@ class Lab:
     ) -> None:
         if self._session.options.no_cache:
             options.setdefault("max_cached_workflows", 0)
+        if self._sparing:
+            for kind in ("workflow", "activity"):
+                options.setdefault(f"{kind}_task_poller_behavior", PollerBehaviorSimpleMaximum(POLLERS))
         if watched:
             outside = Outside(self.file("calls"), faults, shortened or {})
             options["interceptors"] = [*options.get("interceptors", ()), outside]
@@ -562,6 +566,9 @@ async def run_cli(cli: str, target: Target, arguments: Sequence[str], seconds: f
 # As on the dev server (see TUNED): a timer of 50 ms does not round up to a second. Nothing promised changes by it.
 CLUSTER_TUNED = {"history.timerProcessorMaxTimeShift": "1ms"}
 CONNECTIONS = 6  # of an item to a server of the user's
+# Of a worker for tasks of one kind there, instead of 5: each is an open call, and what stands before a server may take
+# 512 connections in all (nginx's default), which two scripts at a time filled.
+POLLERS = 2
 
 
 class Session:
@@ -621,7 +628,9 @@ class Session:
 
     def lab(self, item: str) -> Lab:
         self._prefixes.append(f"{item}-{self.token}")
-        return Lab(self, item, self._clients.get(item, [self.client]))
+        # Who measures alone has as many pollers as the SDK's defaults give.
+        sparing = item in self._clients and not any(one.id == item and one.alone for one in self.options.chosen)
+        return Lab(self, item, self._clients.get(item, [self.client]), sparing)
 
     async def hindrance(self, item: str) -> str | None:
         """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""

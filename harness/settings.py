@@ -29,7 +29,7 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client, Interceptor, OutboundInterceptor
 from temporalio.envconfig import ClientConfigProfile
 from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
-from temporalio.service import HttpConnectProxyConfig
+from temporalio.service import HttpConnectProxyConfig, RPCError
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -632,9 +632,33 @@ async def connect(target: Target, **options: Any) -> Client:
     """A client for `target`; `options` go to Client.connect (data_converter, interceptors, plugins)."""
     if target.address is None:
         options["interceptors"] = [*options.get("interceptors", []), Remembering()]
-        return await Client.connect(**(user_settings() | {"runtime": _runtime()} | options))
+        client = await Client.connect(**(user_settings() | {"runtime": _runtime()} | options))
+        _ask_again(client)
+        return client
     own: dict[str, Any] = {"namespace": target.namespace, "runtime": _runtime()}
     return await Client.connect(target.address, **(own | options))
+
+
+def _ask_again(client: Client) -> None:
+    """Let a client repeat a call whose connection was taken away.
+
+    A proxy ends a connection after so many calls (nginx after 1,000) and may take along what is on its way. That fails
+    as CANCELLED, which the SDK never repeats, or as INTERNAL, which it does not repeat for raw calls; and it has no
+    public place to do so for all calls. What a call asks for carries its own id, so that asking twice is asking once.
+    """
+    service = client.service_client
+    call = service._rpc_call
+
+    async def again(*arguments: Any, **options: Any) -> Any:
+        for _ in range(4):
+            try:
+                return await call(*arguments, **options)
+            except RPCError as error:
+                if error.message not in ("operation was canceled", "h2 protocol error: http2 error"):
+                    raise
+        return await call(*arguments, **options)
+
+    service._rpc_call = again  # type: ignore[method-assign]
 
 
 async def connect_to_user_server(seconds: float = 8, **options: Any) -> Client:

@@ -2,6 +2,7 @@
 
 from common import Evidence, holds, piece, side_by_side
 from harness.given import between, refusal
+from harness.settings import Target, connect
 from lab import Server
 
 import asyncio
@@ -16,6 +17,7 @@ import grpc
 import pytest
 from helpers import ROOT, Verdicts, evaluate, run, tiny
 from servers import gateway, given_server, nginx
+from temporalio.api.workflowservice.v1 import GetSystemInfoRequest
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 from test_bad_input import refused
@@ -389,6 +391,25 @@ def test_who_answers_in_place_of_the_server_is_said(said: str, what: str) -> Non
 def test_a_proxy_whose_server_is_away_is_told_from_a_server(tmp_path: Path) -> None:
     with nginx("127.0.0.1:9", tmp_path) as address:
         assert "something between here and it" in refused(tiny(tmp_path), "TT-05", **given(address))
+
+
+async def call_often(address: str, callers: int, times: int) -> None:
+    client = await connect(Target(None))
+    assert client.service_client.config.target_host == address
+
+    async def call() -> None:
+        for _ in range(times):
+            await client.workflow_service.get_system_info(GetSystemInfoRequest())
+
+    await asyncio.gather(*(call() for _ in range(callers)))
+
+
+def test_a_call_that_a_proxy_took_along_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nginx ends a connection after 1,000 calls; here after 50."""
+    with given_server(tmp_path) as server, nginx(server.address, tmp_path, "keepalive_requests 50;") as address:
+        for name, value in given(address).items():
+            monkeypatch.setenv(name, value)
+        asyncio.run(call_often(address, 8, 300))
 
 
 @pytest.mark.parametrize("said", ["workflow not found", "received message larger than max (4194500 vs. 4194304)"])
