@@ -440,18 +440,23 @@ async def growing_gaps(desk: Desk) -> list[Evidence]:
     """Five equal orders: the machine delays some of them, so the shortest of five gaps tells the server's interval.
 
     A twin whose interval does not grow runs beside them, and shows how late attempts are on this machine. An attempt
-    that was given up before it began counts without having run: then there is a fifth gap, which tells nothing.
+    that was given up before it began counts without having run: then there is a fifth gap, which tells nothing. Where
+    the twin comes late, both are measured again, at most three times in all.
     """
-    answers = [DOWN, DOWN, DOWN, DOWN, OK]
-    growing, flat = await desk.pay("growing", answers, "growing", 5), await desk.pay("flat", answers, "flat", 5)
-    await asyncio.gather(ended(growing), ended(flat))
-    grown, even = ([min(gaps) for _, gaps in sorted(desk.gaps(one.id).items())] for one in (growing, flat))
-    slower, names = pace(), ("first_gap", "second_gap", "third_gap", "fourth_gap")
+    answers, slower = [DOWN, DOWN, DOWN, DOWN, OK], pace()
+    for again in ("", "-again", "-once-more"):
+        growing = await desk.pay(f"growing{again}", answers, "growing", 5)
+        flat = await desk.pay(f"flat{again}", answers, "flat", 5)
+        await asyncio.gather(ended(growing), ended(flat))
+        grown, even = ([min(gaps) for _, gaps in sorted(desk.gaps(one.id).items())] for one in (growing, flat))
+        lateness = [gap - slower * wanted for gap, wanted in zip(even, FLAT, strict=False)]
+        if max(lateness) <= slower * LATE:
+            break
+    names = ("first_gap", "second_gap", "third_gap", "fourth_gap")
     gaps = {
         name: between(figure(gap, "s"), slower * wanted, slower * (wanted + LATE))
         for name, gap, wanted in zip(names, grown, GROWING, strict=False)
     }
-    lateness = [gap - slower * wanted for gap, wanted in zip(even, FLAT, strict=False)]
     return [
         holds(
             "the gaps between attempts grow by the coefficient up to the cap",
