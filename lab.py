@@ -230,16 +230,16 @@ class Reached(Protocol):
 class Lab:
     """What one item works with: names, files, workers and servers that no other item touches."""
 
-    def __init__(self, session: "Session", item: str, clients: Sequence[Client], sparing: bool = False) -> None:
+    def __init__(self, session: "Session", item: str, suffix: str, clients: Sequence[Client], sparing: bool) -> None:
         self._session = session
-        self.id = f"{item}-{session.token}"
+        self.id = f"{item}-{session.token}{suffix}"
         self.task_queue = self.id
         self.client, self.target = clients[0], session.target
         self._for_workers = itertools.cycle(clients)
         self._sparing = sparing
         self.seed = session.seed
         self.random = random.Random(f"{session.seed}/{item}")
-        self.folder = session.folder / item
+        self.folder = session.folder / f"{item}{suffix}"
         self.folder.mkdir()
 
     def needs(self, *features: str) -> None:
@@ -627,10 +627,12 @@ class Session:
         return self.target.address or str(user_settings()["target_host"])
 
     def lab(self, item: str) -> Lab:
-        self._prefixes.append(f"{item}-{self.token}")
+        prefix = f"{item}-{self.token}"
+        suffix = "-again" if prefix in self._prefixes else ""
+        self._prefixes.append(prefix)
         # Who measures alone has as many pollers as the SDK's defaults give.
         sparing = item in self._clients and not any(one.id == item and one.alone for one in self.options.chosen)
-        return Lab(self, item, self._clients.get(item, [self.client]), sparing)
+        return Lab(self, item, suffix, self._clients.get(item, [self.client]), sparing)
 
     async def hindrance(self, item: str) -> str | None:
         """The limit of a server of the user's that keeps an item from going on, in a sentence; None on our own."""

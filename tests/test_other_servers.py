@@ -393,6 +393,23 @@ def test_a_proxy_whose_server_is_away_is_told_from_a_server(tmp_path: Path) -> N
         assert "something between here and it" in refused(tiny(tmp_path), "TT-05", **given(address))
 
 
+def test_what_came_to_no_verdict_is_run_a_second_time_and_says_so(unattended: Server, tmp_path: Path) -> None:
+    """An item that throws in its first run alone, on a server that is somebody else's, and on one of our own."""
+    once = '    if not Path(lab.file("../been here")).exists():\n        Path(lab.file("../been here")).touch()\n    '
+    script = tiny(tmp_path)
+    text = script.read_text(encoding="utf-8").replace("import time\n", "import time\nfrom pathlib import Path\n")
+    thrown = '    raise ValueError("thrown on purpose") from KeyError("the cause")\n'
+    assert text.count(thrown) == 1
+    script.write_text(text.replace(thrown, once + thrown + '    yield control("there", True, "1")\n'), encoding="utf-8")
+    theirs = evaluate(script, tmp_path, "TT-03", "TT-02", env=given(unattended.address))
+    assert theirs.items["TT-03"]["outcome"] == "judged", theirs.out
+    assert "run a second time, for the first was inconclusive: ValueError: thrown on" in theirs.items["TT-03"]["reason"]
+    assert "second time" not in theirs.items["TT-02"]["reason"]
+    ours = evaluate(script, tmp_path, "TT-03")
+    assert ours.items["TT-03"]["outcome"] == "inconclusive"
+    assert "second time" not in ours.items["TT-03"]["reason"]
+
+
 async def call_often(address: str, callers: int, times: int) -> None:
     client = await connect(Target(None))
     assert client.service_client.config.target_host == address
