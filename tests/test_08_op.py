@@ -110,7 +110,8 @@ ON_A_CLUSTER = [
          "in repeated(numbers * 2)]", 3,
          ["nothing is there twice"]),
     # The writer may only read.
-    Fall("OP-07", '"writer": token("red:write", subject="will")', '"writer": token("red:read", subject="will")', 3, ["a token permits"]),
+    Fall("OP-07", '"writer": token("red:write", subject="will")', '"writer": token("red:read", subject="will")', 3,
+         ["a token permits"]),
     # The history does not say whose token it was.
     Fall("OP-07", '"frontend.enablePrincipalPropagation": True', '"frontend.enablePrincipalPropagation": False', 4),
 ]  # fmt: skip
