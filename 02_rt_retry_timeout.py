@@ -436,26 +436,47 @@ async def count_survives_kill(lab: Lab) -> Evidence:
     )
 
 
+@dataclass
+class Gaps:
+    """Seconds before each attempt of equal orders: what the policy says, and what was seen, however often."""
+
+    policy: Sequence[float]
+    slower: float
+    seen: dict[int, list[float]] = field(default_factory=dict)  # by attempt
+
+    def add(self, found: dict[int, list[float]]) -> None:
+        for attempt, gaps in found.items():
+            self.seen.setdefault(attempt, []).extend(gaps)
+
+    def shortest(self) -> list[float]:
+        return [min(gaps) for _, gaps in sorted(self.seen.items())]
+
+    def lateness(self) -> list[float]:
+        return [gap - self.slower * wanted for gap, wanted in zip(self.shortest(), self.policy, strict=False)]
+
+
 async def growing_gaps(desk: Desk) -> list[Evidence]:
     """Five equal orders: the machine delays some of them, so the shortest of five gaps tells the server's interval.
 
     A twin whose interval does not grow runs beside them, and shows how late attempts are on this machine. An attempt
     that was given up before it began counts without having run: then there is a fifth gap, which tells nothing. Where
-    the twin comes late, both are measured again, at most three times in all.
+    one of the two comes late, both are measured again, at most three times in all: a machine that was busy for a
+    moment is not busy three times, and a server that waits too long is late each time. The shortest of all counts.
     """
-    answers, slower = [DOWN, DOWN, DOWN, DOWN, OK], pace()
-    for again in ("", "-again", "-once-more"):
+    answers, slower, rounds = [DOWN, DOWN, DOWN, DOWN, OK], pace(), ("", "-again", "-once-more")
+    grown, even = Gaps(GROWING, slower), Gaps(FLAT, slower)
+    for again in rounds:
         growing = await desk.pay(f"growing{again}", answers, "growing", 5)
         flat = await desk.pay(f"flat{again}", answers, "flat", 5)
         await asyncio.gather(ended(growing), ended(flat))
-        grown, even = ([min(gaps) for _, gaps in sorted(desk.gaps(one.id).items())] for one in (growing, flat))
-        lateness = [gap - slower * wanted for gap, wanted in zip(even, FLAT, strict=False)]
-        if max(lateness) <= slower * LATE:
+        grown.add(desk.gaps(growing.id))
+        even.add(desk.gaps(flat.id))
+        if max(grown.lateness() + even.lateness()) <= slower * LATE:
             break
     names = ("first_gap", "second_gap", "third_gap", "fourth_gap")
     gaps = {
         name: between(figure(gap, "s"), slower * wanted, slower * (wanted + LATE))
-        for name, gap, wanted in zip(names, grown, GROWING, strict=False)
+        for name, gap, wanted in zip(names, grown.shortest(), GROWING, strict=False)
     }
     return [
         holds(
@@ -463,15 +484,16 @@ async def growing_gaps(desk: Desk) -> list[Evidence]:
             policy="0.5 s, times 4, at most 2.5 s",
             stretched=slower,
             calls=at_least(len(desk.lab.calls(growing.id)), 20),
-            gaps=at_least(len(grown), 4),
+            measured_times=1 + rounds.index(again),
+            gaps=at_least(len(grown.shortest()), 4),
             **gaps,
         ),
         control(
             "with a coefficient of 1 the gaps do not grow, and attempts come soon enough to tell",
             policy="2 s",
-            gaps=[round(gap, 2) for gap in even],
-            earliest=at_least(figure(min(lateness), "s"), 0),
-            latest=at_most(figure(max(lateness), "s"), slower * LATE),
+            gaps=[round(gap, 2) for gap in even.shortest()],
+            earliest=at_least(figure(min(even.lateness()), "s"), 0),
+            latest=at_most(figure(max(even.lateness()), "s"), slower * LATE),
         ),
     ]
 

@@ -80,7 +80,7 @@ FALLS = [
     # The archive of the control does.
     Fall("RT-02", 'super().store(f"{key}/{uuid.uuid4()}", pages)', "super().store(key, pages)", None),
     # The attempt that was given up heartbeats, is told, and does not come to its end.
-    Fall("RT-02", "await hall.held(name, limits, pages=0)", "await hall.held(name, limits, pages=2)", None,
+    Fall("RT-02", "await hall.held(name, limits, pages=0)", "await hall.held(name, limits, pages=50)", None,
          ["is not stopped", "count once", "knows no keys"]),
     # An attempt without heartbeats that has a retry beside it.
     Fall("RT-02", "Limits(start_to_close=short))", "Limits(start_to_close=short, attempts=2))", 3,
