@@ -3,6 +3,7 @@
 from harness.settings import CLI_ALONE, Target, Unusable, cli_environment, connect, redacted
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -110,10 +111,14 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
         self._groups.discard(group)
 
     def close(self) -> None:
-        """Kill every group still watched, remove the folder, and end."""
+        """Kill every group still watched, remove the folder, and end.
+
+        Thousands of files take a busy machine a while. A guard that takes longer than is waited for goes on alone.
+        """
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(10)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(60)
 
     def _tell(self, sign: str, group: int) -> None:
         assert self._process.stdin
