@@ -86,7 +86,7 @@ FALLS = [
     Fall("RT-02", "Limits(start_to_close=short))", "Limits(start_to_close=short, attempts=2))", 3,
          ["cancelled by its own worker"]),
     # There is no second attempt for the one that heartbeats to go on beside.
-    Fall("RT-02", "heartbeat=5 * short, attempts=2)", "heartbeat=5 * short, attempts=1)", 4, ["one that heartbeats"]),
+    Fall("RT-02", "heartbeat=short, attempts=2)", "heartbeat=short, attempts=1)", 4, ["one that heartbeats"]),
     # A breaker that does not close when the service is back.
     Fall("RT-03", "self.circuit.failures = 0\n", "pass\n", 1, ["opens after 3 failures"]),
     # Nobody counts the calls that are under way.
