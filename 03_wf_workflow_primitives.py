@@ -2347,10 +2347,10 @@ async def given_out_freely(give_out: Callable[[str], Awaitable[float]], name: st
 
 RATE_KEPT = f"max_task_queue_activities_per_second={RATE} is kept by {LOAD} waiting activities, but for a burst"
 SOONER = "without the rate, the same load is given out sooner than the rate would allow"
-FIRST_SECOND = "in its first second a limited queue lets a burst through"
+BURST_SEEN = "a limited queue lets a burst through: more than its rate within a second"
 
 
-@piece(works(RATE_KEPT), control(SOONER), limit(FIRST_SECOND))
+@piece(works(RATE_KEPT), control(SOONER), limit(BURST_SEEN))
 async def rate_limit(lab: Lab) -> list[Evidence]:
     """When the server gave each ticket out, by its own clock: a slow worker cannot make it look slower or faster."""
 
@@ -2365,7 +2365,8 @@ async def rate_limit(lab: Lab) -> list[Evidence]:
 
     limited = await give_out("rate", RATE)
     free = await given_out_freely(unlimited, "no-rate", fastest(LOAD, RATE))
-    first = len([moment for moment in limited if moment < 1])
+    # Which second it is hangs on when the tasks were there, and on a busy machine that takes more than one.
+    most = max(len([moment for moment in limited if begin <= moment < begin + 1]) for begin in limited)
     return [
         works(
             RATE_KEPT,
@@ -2374,7 +2375,7 @@ async def rate_limit(lab: Lab) -> list[Evidence]:
             begun_at_a_second_attempt=sum(call.attempt > 1 for call in served(lab, "rate", "ended")),
         ),
         control(SOONER, seconds=at_most(figure(free, "s"), fastest(LOAD, RATE))),
-        limit(FIRST_SECOND, given_out=at_least(first, 1.2 * RATE)),
+        limit(BURST_SEEN, given_out_within_one_second=at_least(most, 1.2 * RATE)),
     ]
 
 

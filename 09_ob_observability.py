@@ -1233,7 +1233,7 @@ def off_scale(found: Sequence[Bar], lines: Sequence[str]) -> float:
         scale = len(field) / max((end - begin).total_seconds(), 1e-6)
         off.append(abs(field.index("#") - scale * (bar.begin - begin).total_seconds()))
         off.append(abs(field.count("#") - scale * (bar.end - bar.begin).total_seconds()))
-    return max(off)
+    return round(max(off), 6)  # one column is one column, whatever binary fractions make of it
 
 
 async def export(handle: Handle) -> tuple[WorkflowHistory, list[Bar]]:
