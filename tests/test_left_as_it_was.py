@@ -206,8 +206,9 @@ def test_everything_that_was_made_is_taken_away(server: Server, tmp_path: Path, 
     assert item == "LL-02" or verdicts.code == 0, verdicts.out
     assert "thrown on purpose" in verdicts.items[item]["reason"] or verdicts.code == 0, verdicts.out
     words = " ".join(verdicts.out.split())
-    assert "Taken away from your server: 1 schedules, 1 running activities," in words, verdicts.out
-    assert "1 worker deployments" in words
+    runs = 2 if item == "LL-02" else 1  # on a given server an item that came to no verdict is run a second time
+    assert f"Taken away from your server: {runs} schedules, {runs} running activities," in words, verdicts.out
+    assert f"{runs} worker deployments" in words
     assert asyncio.run(inventory(server, asyncio.run(queues_of(server)))) == before
 
 
