@@ -45,6 +45,7 @@ from lab import (
     Nursery,
     Server,
     count_events,
+    end,
     ended,
     event_times,
     fail,
@@ -52,6 +53,7 @@ from lab import (
     happened,
     history_of,
     hold,
+    is_closed_or_stuck,
     keywords_in,
     note,
     notes,
@@ -799,14 +801,20 @@ def deciding(lab: Lab, model: "Endpoint", *kinds: type, **options: Any) -> dict[
 
 
 async def decide(lab: Lab, kind: type) -> tuple[list[WorkflowHistory], list[BaseException | None]]:
-    """Run some cases to their end, and replay them. Returns their histories, and what is wrong with each replay."""
+    """Run some cases to their end, and replay them. Returns their histories, and what is wrong with each replay.
+
+    One that decides anew each time may meet a replay on its own, where a busy worker lost its place: then it is stuck,
+    and is ended.
+    """
     name = kind.__name__
     handles = [
         await lab.start(name, Case(f"{lab.id}-{name}-case{n}", LETTER), name=f"{name}-{n}", start_signal="write",
                         start_signal_args=["Thanks."])
         for n in range(CASES)
     ]  # fmt: skip
-    await asyncio.gather(*(ended(handle) for handle in handles))
+    for handle in handles:
+        await until(functools.partial(is_closed_or_stuck, handle), f"{handle.id} is finished or stuck")
+        await end(handle)
     histories = [await handle.fetch_history() for handle in handles]
     return histories, await replay(kind, histories)
 
