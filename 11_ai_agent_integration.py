@@ -88,7 +88,7 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -800,21 +800,23 @@ def deciding(lab: Lab, model: "Endpoint", *kinds: type, **options: Any) -> dict[
     return {"workflows": kinds, "activities": activities, "shortened": shortened("ask"), **PROMPT} | options
 
 
-async def decide(lab: Lab, kind: type) -> tuple[list[WorkflowHistory], list[BaseException | None]]:
-    """Run some cases to their end, and replay them. Returns their histories, and what is wrong with each replay.
+async def ended_or_stuck(handle: Handle) -> None:
+    """For one that decides anew each time: where a busy worker lost its place, it meets a replay of its own."""
+    await until(functools.partial(is_closed_or_stuck, handle), f"{handle.id} is finished or stuck")
+    await end(handle)
 
-    One that decides anew each time may meet a replay on its own, where a busy worker lost its place: then it is stuck,
-    and is ended.
-    """
+
+async def decide(
+    lab: Lab, kind: type, over: Callable[[Handle], Awaitable[object]] = ended
+) -> tuple[list[WorkflowHistory], list[BaseException | None]]:
+    """Run some cases until they are `over`, and replay them. Returns the histories, and what is wrong with each."""
     name = kind.__name__
     handles = [
         await lab.start(name, Case(f"{lab.id}-{name}-case{n}", LETTER), name=f"{name}-{n}", start_signal="write",
                         start_signal_args=["Thanks."])
         for n in range(CASES)
     ]  # fmt: skip
-    for handle in handles:
-        await until(functools.partial(is_closed_or_stuck, handle), f"{handle.id} is finished or stuck")
-        await end(handle)
+    await asyncio.gather(*(over(handle) for handle in handles))
     histories = [await handle.fetch_history() for handle in handles]
     return histories, await replay(kind, histories)
 
@@ -842,7 +844,7 @@ async def model_decides(lab: Lab, model: "Endpoint") -> Evidence:
 
 async def raw_chance(lab: Lab, model: "Endpoint") -> Evidence:
     """A replay that decides otherwise must be found out; one that happens to decide the same fits."""
-    histories, failures = await decide(lab, RawChance)
+    histories, failures = await decide(lab, RawChance, ended_or_stuck)
     replayed = [TOSSED[f"{lab.id}-RawChance-case{n}"] for n in range(CASES)]
     # By what the history has, and not by what was tossed first: a workflow task may be given out twice.
     differ = [
